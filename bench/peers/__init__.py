@@ -1,0 +1,1 @@
+"""The engines that Fen is measured against, each run in a process of its own."""
