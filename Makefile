@@ -1,0 +1,72 @@
+# Needs python3 (3.11 or newer, with venv) and make; everything else is installed into .venv.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+RUN_TIME := $(VENV)/installed-run-time
+DEV := $(VENV)/installed-dev
+# On a terminal pip shows its progress; in CI only what goes wrong.
+PIP_INSTALL := $(PY) -m pip install $(if $(CI),--quiet) --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: help serve test lint format bench-cpu clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make serve      install into .venv and serve a model on http://127.0.0.1:8000"
+	@echo "                MODEL=name-or-path  PORT=8000  ARGS='--dtype float32 --max-num-seqs 16'"
+	@echo "make test       every test that this machine can run; ARGS='-k scheduler' narrows it"
+	@echo "make lint       ruff, mypy, and the number of lines of engine/ and kernels/"
+	@echo "make format     let ruff rewrite the files"
+	@echo "make bench-cpu  this engine beside llama.cpp and transformers, on this CPU"
+	@echo "make clean      remove .venv and every cache"
+
+serve: $(RUN_TIME)
+	@exec $(VENV)/bin/fen serve $(if $(MODEL),--model "$(MODEL)") $(if $(PORT),--port $(PORT)) $(ARGS)
+
+test: $(DEV)
+	@$(PY) tests/run.py $(ARGS)
+
+lint: $(DEV)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	@lines=$$(find engine kernels -name '*.py' -exec cat {} + | wc -l); \
+	echo "engine/ + kernels/: $$((lines)) lines of 6000"; test $$lines -le 6000
+
+format: $(DEV)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench-cpu: $(DEV)
+	@$(PY) -m bench.compare_cpu $(ARGS)
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RUN_TIME): pyproject.toml constraints.txt
+	@$(create_venv)
+	$(PIP_INSTALL) .
+	@touch $@
+
+$(DEV): $(RUN_TIME)
+	$(PIP_INSTALL) '.[dev]'
+	@touch $@
+
+# A .venv that works is kept; a missing, moved or half-made one is made anew by the first Python that can.
+define create_venv
+$(PY) -m pip --version >/dev/null 2>&1 && exit 0; \
+for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	recent=$$python; \
+	$$python -c 'import venv, ensurepip' 2>/dev/null || continue; \
+	echo "Creating $(VENV) with $$($$python --version); PyTorch is the large part of what follows, and only the first time."; \
+	$$python -m venv --clear $(VENV) && exit 0; \
+	exit 1; \
+done; \
+if [ -n "$$recent" ]; then \
+	echo "$$recent cannot create virtual environments: install its venv module (Debian and Ubuntu: apt install python3-venv)." >&2; \
+else \
+	echo "Fen needs Python 3.11 or newer, and none was found as python3, python3.13, python3.12 or python3.11: install one." >&2; \
+fi; \
+exit 1
+endef
