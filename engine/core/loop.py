@@ -1,0 +1,142 @@
+"""The loop: schedule a step, launch it, finish the one before. Requests in, outputs out; in the caller's thread."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from engine.core.step import StepResult, StepRunner
+from engine.errors import FenError
+from engine.messages import EngineStats, Output, Request, TokenLogprob
+from engine.scheduling.scheduler import Schedule, Scheduler
+from engine.scheduling.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """Drives one runner by one scheduler. `clock` gives seconds and is the clock of `Request.arrival`."""
+
+    def __init__(self, runner: StepRunner, scheduler: Scheduler, clock: Callable[[], float] = time.monotonic):
+        self.runner = runner
+        self.scheduler = scheduler
+        self.clock = clock
+        self.device_seconds = 0.0  # that the steps finished so far took
+        self._in_flight: deque[tuple[Schedule, Any]] = deque()
+        self._outputs: list[Output] = []  # to be returned by step()
+        self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}  # of requests that ask for them, until sent
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises RequestError if it can never be served; `refusal` makes an output of that."""
+        self.scheduler.add(request)
+        if request.params.prompt_logprobs is not None:
+            self._prompt_logprobs[request.id] = [None]
+
+    def cancel(self, ids: Iterable[str]) -> None:
+        """Ends requests; step() confirms each with an output "abort". An id that is not being served is ignored."""
+        for id in ids:
+            sequence = self.scheduler.cancel(id)
+            if sequence is not None:
+                self._close(sequence)
+                self._outputs.append(Output(id=id, finish_reason="abort"))
+
+    @property
+    def has_work(self) -> bool:
+        """False when step() would have nothing to do."""
+        return bool(self._outputs or self._in_flight or self.scheduler.has_work)
+
+    def stats(self) -> EngineStats:
+        return self.scheduler.stats()
+
+    def step(self) -> list[Output]:
+        """Launches the next step and finishes an earlier one, so that at most `runner.depth` stay in flight."""
+        schedule = self.scheduler.schedule()
+        if schedule is not None:
+            self._launch(schedule)
+        if self._in_flight and (schedule is None or len(self._in_flight) > self.runner.depth):
+            self._finish(*self._in_flight.popleft())
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _launch(self, schedule: Schedule) -> None:
+        now = self.clock()
+        for sequence in schedule.preempted:
+            self.runner.release(sequence)
+        for chunk in schedule.chunks:
+            if chunk.sequence.first_scheduled is None:
+                chunk.sequence.first_scheduled = now
+        try:
+            self._in_flight.append((schedule, self.runner.launch(schedule)))
+        except Exception as error:
+            self._fail_step(schedule, error)
+
+    def _finish(self, schedule: Schedule, handle: Any) -> None:
+        try:
+            result: StepResult = self.runner.finish(handle)
+        except Exception as error:
+            self._fail_step(schedule, error)
+            return
+        self._charge(schedule, result.seconds)
+        for chunk in schedule.chunks:
+            if chunk.stale:
+                continue
+            id = chunk.sequence.id
+            if id in result.errors:
+                self._fail(chunk.sequence, result.errors[id])
+            elif id in result.prompt_logprobs:
+                # After a preemption the first positions come a second time.
+                known = self._prompt_logprobs[id]
+                known += result.prompt_logprobs[id][len(known) - chunk.start - 1 :]
+        for sequence, token in self.scheduler.finish(schedule, result.tokens):
+            self._outputs.append(self._output(sequence, token, result))
+            if sequence.finish_reason:
+                self._close(sequence)
+
+    def _charge(self, schedule: Schedule, seconds: float) -> None:
+        """The one place that sees what each step cost and for whom."""
+        self.device_seconds += seconds
+
+    def _output(self, sequence: Sequence, token: int | None, result: StepResult) -> Output:
+        output = Output(
+            id=sequence.id,
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+        )
+        if token is not None:
+            output.tokens = [token]
+            if sequence.request.params.logprobs is not None:
+                output.logprobs = [result.logprobs[sequence.id]]
+        if sequence.num_generated <= 1:  # the first output
+            output.cached_tokens = sequence.cached_tokens
+            output.prompt_logprobs = self._prompt_logprobs.pop(sequence.id, None)
+            if sequence.first_scheduled is not None:
+                output.queue_seconds = sequence.first_scheduled - sequence.request.arrival
+        return output
+
+    def _fail_step(self, schedule: Schedule, error: Exception) -> None:
+        """A whole step went wrong: its requests fail, the others and the engine go on."""
+        logger.error("a step of %d tokens failed", schedule.num_tokens, exc_info=error)
+        known = isinstance(error, FenError)
+        message = str(error) if known else "The engine failed while computing this request; its log has the details."
+        for chunk in schedule.chunks:
+            if not chunk.stale:
+                self._fail(chunk.sequence, message)
+        self.scheduler.finish(schedule, {})
+
+    def _fail(self, sequence: Sequence, message: str) -> None:
+        self.scheduler.fail(sequence)
+        self._close(sequence)
+        self._outputs.append(Output(id=sequence.id, finish_reason="error", error=message))
+
+    def _close(self, sequence: Sequence) -> None:
+        """Forgets a sequence that has ended."""
+        self._prompt_logprobs.pop(sequence.id, None)
+        self.runner.release(sequence)
+
+
+def refusal(request: Request, error: FenError) -> Output:
+    """What a front end in another process gets for a request that `EngineCore.add` refused."""
+    return Output(id=request.id, finish_reason="error", error=str(error))
