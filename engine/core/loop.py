@@ -30,7 +30,7 @@ class EngineCore:
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}  # of requests that ask for them, until sent
 
     def add(self, request: Request) -> None:
-        """Queues a request. Raises RequestError if it can never be served; `refusal` makes an output of that."""
+        """Queues a request. Raises RequestError if it can never be served (the engine process answers `Refused`)."""
         self.scheduler.add(request)
         if request.params.prompt_logprobs is not None:
             self._prompt_logprobs[request.id] = [None]
@@ -135,8 +135,3 @@ class EngineCore:
         """Forgets a sequence that has ended."""
         self._prompt_logprobs.pop(sequence.id, None)
         self.runner.release(sequence)
-
-
-def refusal(request: Request, error: FenError) -> Output:
-    """What a front end in another process gets for a request that `EngineCore.add` refused."""
-    return Output(id=request.id, finish_reason="error", error=str(error))

@@ -238,7 +238,7 @@ class Scheduler:
             self._take(step, sequence, 1)
 
     def _schedule_prefills(self, step: Schedule) -> None:
-        """The next chunk of running sequences that are only partly computed. They have had its blocks since admission."""
+        """The next chunk of running sequences that are only partly computed; they got its blocks when admitted."""
         for sequence in self._running:
             budget = self.max_num_batched_tokens - step.num_tokens
             if not budget:
