@@ -1,0 +1,86 @@
+"""Dummy weights: any config with random numbers that depend only on the tensor's name, for measuring without a download."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import zlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from engine.checkpoint.names import expected_shapes
+from engine.checkpoint.tensors import StoredTensor
+from engine.checkpoint.tokenizer import Tokenizer, byte_of_character
+from engine.errors import CheckpointError
+from engine.model.config import ModelConfig
+
+_LLAMA: dict[str, Any] = {"architecture": "LlamaForCausalLM"}
+SHAPES: dict[str, ModelConfig] = {
+    "llama-3-8b": ModelConfig(
+        **_LLAMA, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32,
+        num_kv_heads=8, head_dim=128, max_position=8192, rope_theta=500000.0, eos_token_ids=(128001,),
+    ),
+    "yi-6b": ModelConfig(
+        **_LLAMA, vocab_size=64000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32,
+        num_kv_heads=4, head_dim=128, max_position=4096, rope_theta=5000000.0, eos_token_ids=(2,),
+    ),
+    "yi-34b": ModelConfig(
+        **_LLAMA, vocab_size=64000, hidden_size=7168, intermediate_size=20480, num_layers=60, num_heads=56,
+        num_kv_heads=8, head_dim=128, max_position=4096, rope_theta=5000000.0, eos_token_ids=(2,),
+    ),
+    "smollm2-135m": ModelConfig(
+        **_LLAMA, vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
+        num_kv_heads=3, head_dim=64, max_position=8192, rope_theta=100000.0, tie_embeddings=True, eos_token_ids=(0,),
+    ),
+}  # fmt: skip
+
+_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def dummy_tensors(config: ModelConfig) -> dict[str, StoredTensor]:
+    """BF16 tensors made when they are read: norms are one, biases zero, weights normal with variance 1 / columns."""
+    return {
+        name: StoredTensor(name, "BF16", shape, functools.partial(_values, name, shape))
+        for name, shape in expected_shapes(config).items()
+    }
+
+
+def _values(name: str, shape: tuple[int, ...]) -> npt.NDArray[np.uint16]:
+    if name.endswith("bias"):
+        return np.zeros(shape, np.uint16)
+    if len(shape) == 1:
+        return np.full(shape, 0x3F80, np.uint16)  # 1.0 in BF16
+    # One random byte picks one of 256 quantiles: an 8-billion-parameter model takes seconds, not minutes.
+    values = _normal_quantiles() / np.float32(math.sqrt(shape[-1]))
+    random = np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
+    table = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return table[np.frombuffer(random.bytes(math.prod(shape)), np.uint8)].reshape(shape)
+
+
+@functools.cache
+def _normal_quantiles() -> npt.NDArray[np.float32]:
+    normal = statistics.NormalDist()
+    return np.array([normal.inv_cdf((i + 0.5) / 256) for i in range(256)], np.float32)
+
+
+def dummy_tokenizer(config: ModelConfig) -> Tokenizer:
+    """One token per byte; the ids above 255 decode to words of their own number, so that streams of them are text."""
+    alphabet = sorted(byte_of_character(), key=byte_of_character().__getitem__)
+    if config.vocab_size < len(alphabet):
+        raise CheckpointError(f"vocab_size is {config.vocab_size}; the byte tokenizer of dummy weights needs at least 256")
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    vocabulary |= {f"\u0120w{i}": i for i in range(len(alphabet), config.vocab_size)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(
+        backend, bos_id=config.bos_token_id, eos_ids=config.eos_token_ids, add_bos=False, add_eos=False, chat_template=_TEMPLATE
+    )

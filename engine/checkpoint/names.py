@@ -1,0 +1,99 @@
+"""Tensor names: the dialects that files use, the one this engine uses (Hugging Face's Llama), and what a config expects."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from engine.checkpoint.tensors import StoredTensor
+from engine.errors import CheckpointError
+from engine.model.config import ModelConfig
+
+_LAYER = "model.layers."
+
+_GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_GGUF_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_YI_LAYER = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}  # Yi's first release
+
+
+def from_gguf(name: str) -> str:
+    """GGUF's name -> ours ("blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"); unknown names are kept."""
+    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+        layer, part, kind = match.groups()
+        return f"{_LAYER}{layer}.{_GGUF_LAYER[part]}.{kind}" if part in _GGUF_LAYER else name
+    top, _, kind = name.rpartition(".")
+    return f"{_GGUF_TOP[top]}.{kind}" if top in _GGUF_TOP else name
+
+
+def from_hugging_face(name: str) -> str | None:
+    """A safetensors name -> ours; None for a tensor that holds nothing to load (old files store rope's frequencies)."""
+    if name.endswith(".rotary_emb.inv_freq"):
+        return None
+    if match := re.fullmatch(r"model\.layers\.(\d+)\.(ln[12])\.weight", name):
+        return f"{_LAYER}{match[1]}.{_YI_LAYER[match[2]]}.weight"
+    return name
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a model of this config, in loading order -> its shape (row-major, [out, in])."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears = {
+        "self_attn.q_proj": (q, hidden, config.attention_bias),
+        "self_attn.k_proj": (kv, hidden, config.attention_bias),
+        "self_attn.v_proj": (kv, hidden, config.attention_bias),
+        "self_attn.o_proj": (hidden, q, config.output_bias),
+        "mlp.gate_proj": (ffn, hidden, config.mlp_bias),
+        "mlp.up_proj": (ffn, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, ffn, config.mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for index in range(config.num_layers):
+        layer = f"{_LAYER}{index}."
+        shapes[layer + "input_layernorm.weight"] = (hidden,)
+        shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
+        if config.qk_norm:
+            shapes[layer + "self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[layer + "self_attn.k_norm.weight"] = (config.head_dim,)
+        for part, (rows, columns, bias) in linears.items():
+            shapes[f"{layer}{part}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{layer}{part}.bias"] = (rows,)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def check_tensors(tensors: Mapping[str, StoredTensor], config: ModelConfig, where: str) -> dict[str, StoredTensor]:
+    """The tensors in loading order, if they are exactly those of the config; else CheckpointError naming the first few."""
+    shapes = expected_shapes(config)
+    if missing := [name for name in shapes if name not in tensors]:
+        raise CheckpointError(f"{where} lacks {_few(missing)}, which a {config.architecture} of this config has")
+    if leftover := sorted(name for name in tensors if name not in shapes):
+        raise CheckpointError(
+            f"{where} has {_few(leftover)}, which a {config.architecture} of this config does not use; "
+            "a model that needs them would answer wrongly without"
+        )
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise CheckpointError(f"{where}: {name} has the shape {tensors[name].shape}, but the config says {shape}")
+    return {name: tensors[name] for name in shapes}
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    count = f"{len(names)} tensors: " if len(names) > 1 else "the tensor "
+    return count + shown + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,211 @@
+"""The one entry to checkpoints: `open_checkpoint(model)`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from engine.checkpoint import pull
+from engine.checkpoint.config import gguf_config, hf_config
+from engine.checkpoint.gguf import read_gguf
+from engine.checkpoint.names import check_tensors, from_gguf, from_hugging_face
+from engine.checkpoint.safetensors import read_safetensors, safetensors_files
+from engine.checkpoint.tensors import StoredTensor
+from engine.checkpoint.tokenizer import Tokenizer, read_json, tokenizer_from_folder
+from engine.errors import CheckpointError
+from engine.model.config import ModelConfig
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_DENSE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model as it lies on disk: opened in milliseconds, read tensor by tensor.
+
+    name: what it is served under by default. format: "gguf", "safetensors" or "dummy".
+    quantization: the type that holds most of the weights, e.g. "Q4_1" or "bfloat16".
+    tensors: exactly those the config asks for, under Hugging Face's Llama names, in loading order.
+    """
+
+    name: str
+    path: Path
+    format: str
+    config: ModelConfig
+    quantization: str
+    tensors: Mapping[str, StoredTensor]
+    load_tokenizer: Callable[[], Tokenizer]
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return self.load_tokenizer()
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.tokenizer.chat_template
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors, as reading them gives."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+
+def open_checkpoint(model: str, load_format: str = "auto") -> Checkpoint:
+    """model: a .gguf file, a folder with config.json and safetensors, a short name, or a Hugging Face id (pulled if need be).
+
+    load_format "dummy": random weights for the config of a folder, a config.json, or a built-in shape such as "llama-3-8b".
+    Raises CheckpointError saying what is wrong and what is allowed.
+    """
+    if load_format not in ("auto", "dummy"):
+        raise CheckpointError(f"load_format is {load_format!r}; allowed: auto, dummy")
+    if load_format == "dummy":
+        return _open_dummy(model)
+    path = resolve(model)
+    if path.is_dir():
+        return _open_folder(path, _name(model, path))
+    if path.suffix.lower() == ".gguf":
+        return _open_gguf(path, _name(model, path))
+    if path.suffix.lower() in _PICKLES:
+        raise _pickle(path)
+    if path.suffix.lower() == ".safetensors" or path.name == "config.json":
+        return _open_folder(path.parent, _name(model, path.parent))
+    raise CheckpointError(f"{path} is neither a .gguf file nor a folder with config.json and *.safetensors")
+
+
+def resolve(model: str) -> Path:
+    """The file or folder that a path, short name or Hugging Face id stands for; fetches what is not here yet."""
+    path = Path(model).expanduser()
+    if model and path.exists():
+        return path
+    if model.lower() in pull.SHORT_NAMES:
+        return pull.pull(model)
+    # "models/tiny" with a folder "models" here is a mistyped path rather than a repository of an organisation "models".
+    if pull.is_hub_id(model) and not path.parent.is_dir():
+        return pull.cached(model) or pull.pull(model)
+    raise CheckpointError(_not_found(model, path))
+
+
+def _not_found(model: str, path: Path) -> str:
+    from engine.checkpoint.dummy import SHAPES
+
+    if model in SHAPES:
+        return f"{model} is a built-in shape without weights; add --load-format dummy to run it on random ones"
+    parent = next((folder for folder in path.parents if folder.is_dir()), Path("."))
+    names = [entry.name for entry in parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
+    near = [str(parent / name) for name in difflib.get_close_matches(path.name, names, 3, 0.5)]
+    near += difflib.get_close_matches(model.lower(), [*pull.SHORT_NAMES], 1, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the folder {parent} has nothing of a similar name"
+    short = next(iter(pull.SHORT_NAMES))
+    return f"there is no model {model!r}: {hint} A path, the short name {short} or a Hugging Face id org/name is expected"
+
+
+def _name(model: str, path: Path) -> str:
+    if model.lower() in pull.SHORT_NAMES:
+        return next(iter(pull.SHORT_NAMES))
+    return model if pull.is_hub_id(model) and not Path(model).exists() else path.resolve().name.removesuffix(".gguf")
+
+
+def _pickle(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is a pickle, which can run any program when it is opened, so it is not: use a safetensors or GGUF version"
+    )
+
+
+def _open_gguf(path: Path, name: str) -> Checkpoint:
+    from engine.checkpoint.gguf_tokenizer import tokenizer_from_gguf
+
+    file = read_gguf(path)
+    config = gguf_config(file)
+    tensors: dict[str, StoredTensor] = {}
+    for tensor in file.tensors.values():
+        if tensor.name != "rope_freqs.weight":  # it is in config.rope_factors
+            tensors[from_gguf(tensor.name)] = dataclasses.replace(tensor, name=from_gguf(tensor.name))
+    sizes: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        if len(tensor.shape) > 1 and tensor.name.startswith("blk."):
+            sizes[file.types[tensor.name]] += math.prod(tensor.shape)
+    kind = sizes.most_common(1)[0][0] if sizes else "F32"
+    return Checkpoint(
+        name=name,
+        path=path,
+        format="gguf",
+        config=config,
+        quantization=_DENSE.get(kind, kind),
+        tensors=check_tensors(tensors, config, path.name),
+        load_tokenizer=lambda: tokenizer_from_gguf(file, config.eos_token_ids),
+    )
+
+
+def _open_folder(folder: Path, name: str) -> Checkpoint:
+    files = safetensors_files(folder)
+    if not files:
+        ggufs, pickles = sorted(folder.glob("*.gguf")), [p for p in sorted(folder.iterdir()) if p.suffix in _PICKLES]
+        if len(ggufs) == 1:
+            return _open_gguf(ggufs[0], name)
+        if pickles:
+            raise _pickle(pickles[0])
+        several = f"; it has {len(ggufs)} .gguf files: name one of them" if ggufs else ""
+        raise CheckpointError(f"{folder} has no *.safetensors{several}")
+    config = _folder_config(folder)
+    tensors: dict[str, StoredTensor] = {}
+    for tensor in read_safetensors(files).values():
+        if (ours := from_hugging_face(tensor.name)) is not None:
+            tensors[ours] = dataclasses.replace(tensor, name=ours)
+    if config.tie_embeddings:
+        tensors.pop("lm_head.weight", None)  # some files repeat the embeddings there; transformers does not read it either
+    checked = check_tensors(tensors, config, str(folder))
+    kind = checked["model.layers.0.self_attn.q_proj.weight"].dtype
+    return Checkpoint(
+        name=name,
+        path=folder,
+        format="safetensors",
+        config=dataclasses.replace(config, dtype=_DENSE[kind]),
+        quantization=_DENSE[kind],
+        tensors=checked,
+        load_tokenizer=lambda: tokenizer_from_folder(folder, config.bos_token_id, config.eos_token_ids),
+    )
+
+
+def _folder_config(folder: Path) -> ModelConfig:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json")
+    generation = folder / "generation_config.json"
+    return hf_config(
+        read_json(folder / "config.json"), read_json(generation) if generation.is_file() else {}, str(folder / "config.json")
+    )
+
+
+def _open_dummy(model: str) -> Checkpoint:
+    from engine.checkpoint.dummy import SHAPES, dummy_tensors, dummy_tokenizer
+
+    path = Path(model).expanduser()
+    folder = path.parent if path.name == "config.json" else path
+    if model in SHAPES:
+        config, name = SHAPES[model], model
+    elif (folder / "config.json").is_file():
+        config, name = _folder_config(folder), folder.resolve().name
+    else:
+        shapes = ", ".join(SHAPES)
+        raise CheckpointError(f"dummy weights need a folder with config.json or one of the shapes {shapes}, not {model!r}")
+    config = dataclasses.replace(config, dtype="bfloat16")
+    own = (folder / "tokenizer.json").is_file() and model not in SHAPES
+    return Checkpoint(
+        name=name,
+        path=path,
+        format="dummy",
+        config=config,
+        quantization="bfloat16",
+        tensors=dummy_tensors(config),
+        load_tokenizer=lambda: (
+            tokenizer_from_folder(folder, config.bos_token_id, config.eos_token_ids) if own else dummy_tokenizer(config)
+        ),
+    )

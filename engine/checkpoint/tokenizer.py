@@ -1,0 +1,193 @@
+"""Text <-> token ids: Hugging Face's `tokenizers`, with the exact bytes of each token and the checkpoint's own rules."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from engine.errors import CheckpointError
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@functools.cache
+def byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the other 68 for U+0100 upwards, in order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+class Tokenizer:
+    """One vocabulary with its rules. Safe to call from several threads.
+
+    bos_id, eos_ids: the ids the checkpoint declares. special_tokens: {"bos_token": "<s>", ...} for chat templates.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_id: int | None = None,
+        eos_ids: tuple[int, ...] = (),
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+        special_tokens: dict[str, str] | None = None,
+        chat_template: str | None = None,
+    ):
+        """add_bos, add_eos: whether `encode` adds them; None: what the backend's own post-processor does."""
+        self.bos_id, self.eos_ids = bos_id, eos_ids
+        self.special_tokens = special_tokens or {}
+        self.chat_template = chat_template
+        self._backend = backend
+        self._plain: tokenizers.Tokenizer | None = None  # reads special tokens' text as text; made when first needed
+        self._lock = threading.Lock()
+        self._byte_level = _is_byte_level(backend)
+        added = backend.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._bytes: dict[int, bytes] = {}
+        self.vocab_size = max(backend.get_vocab_size(), max(self._added, default=-1) + 1)
+        self._prefix, self._suffix = self._affixes(add_bos, add_eos)
+
+    def _affixes(self, add_bos: bool | None, add_eos: bool | None) -> tuple[list[int], list[int]]:
+        bare = self._backend.encode("a", add_special_tokens=False).ids
+        full = self._backend.encode("a").ids
+        start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        prefix, suffix = full[:start], full[start + len(bare) :]
+        if add_bos is not None:
+            prefix = [self.bos_id] if add_bos and self.bos_id is not None else []
+        if add_eos is not None:
+            suffix = [self.eos_ids[0]] if add_eos and self.eos_ids else []
+        return prefix, suffix
+
+    def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        """add_special_tokens: put BOS/EOS around it where the checkpoint says so (a rendered chat template has its own).
+
+        parse_special: text such as "<|im_end|>" becomes that one token; False reads it as ordinary characters.
+        """
+        backend = self._backend if parse_special else self._plain_backend()
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        with self._lock:
+            if self._plain is None:
+                plain = tokenizers.Tokenizer.from_str(self._backend.to_str())
+                plain.encode_special_tokens = True
+                self._plain = plain
+            return self._plain
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD. Ids outside the vocabulary are empty."""
+        skipped = self._special if skip_special_tokens else frozenset()
+        text = b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode("utf-8", "replace")
+        # SentencePiece puts a space before the first word and takes it away again.
+        return text if self._byte_level else text.removeprefix(" ")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Exactly the bytes this token adds to the text (perhaps a part of a character); b"" outside the vocabulary."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._find_bytes(token_id)
+        return known
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self.id_to_token(token_id) or ""
+        if self._byte_level:
+            byte_of = byte_of_character()
+            known = all(character in byte_of for character in token)
+            return bytes(byte_of[character] for character in token) if known else token.encode()
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(match[1], 16)])
+        return token.replace("\u2581", " ").encode()
+
+    def token_to_id(self, token: str) -> int | None:
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling (in GPT-2's byte alphabet for byte-level ones); None outside the vocabulary."""
+        token: str | None = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+        return token
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special
+
+    def to_json(self) -> str:
+        """The whole tokenizer in `tokenizers`' JSON, for libraries that read it."""
+        text: str = self._backend.to_str()
+        return text
+
+
+def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    """True: tokens spell bytes in GPT-2's alphabet; False: SentencePiece's \u2581 and <0xNN>. Another kind is refused."""
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
+    parts = {part.get("type") for part in [decoder, *decoder.get("decoders", [])]}
+    if "ByteLevel" in parts:
+        return True
+    if "ByteFallback" in parts or "Metaspace" in parts:
+        return False
+    raise CheckpointError(f"the tokenizer's decoder is {decoder.get('type')}; supported: ByteLevel, ByteFallback, Metaspace")
+
+
+def tokenizer_from_folder(folder: Path, bos_id: int | None, eos_ids: tuple[int, ...]) -> Tokenizer:
+    """From tokenizer.json, with tokenizer_config.json's special tokens, BOS/EOS flags and chat template if they are there."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        others = " (tokenizer.model alone is not enough: save it with a fast tokenizer)" if any(folder.glob("*.model")) else ""
+        raise CheckpointError(f"{folder} has no tokenizer.json{others}")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception for whatever is wrong with the file
+        raise CheckpointError(f"{path} is not a usable tokenizer: {error}") from None
+    backend.no_padding()
+    backend.no_truncation()
+    config_path = folder / "tokenizer_config.json"
+    config: dict[str, Any] = {}
+    if config_path.is_file():
+        config = read_json(config_path)
+    special = {
+        name: value["content"] if isinstance(value, dict) else value
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        if isinstance(value := config.get(name), str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
+    }
+    bos = backend.token_to_id(special["bos_token"]) if "bos_token" in special else bos_id
+    eos = backend.token_to_id(special["eos_token"]) if "eos_token" in special else None
+    template_path = folder / "chat_template.jinja"
+    template = template_path.read_text("utf-8") if template_path.is_file() else config.get("chat_template")
+    if isinstance(template, list):  # several named ones: [{"name": "default", "template": "..."}]
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    flags = {name: config.get(name) for name in ("add_bos_token", "add_eos_token")}
+    return Tokenizer(
+        backend,
+        bos_id=bos,
+        eos_ids=eos_ids or (() if eos is None else (eos,)),
+        add_bos=flags["add_bos_token"] if isinstance(flags["add_bos_token"], bool) else None,
+        add_eos=flags["add_eos_token"] if isinstance(flags["add_eos_token"], bool) else None,
+        special_tokens=special,
+        chat_template=template if isinstance(template, str) else None,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of at most 64 MiB; CheckpointError naming the file for anything else."""
+    try:
+        if path.stat().st_size > 1 << 26:
+            raise CheckpointError(f"{path} is {path.stat().st_size} bytes; 64 MiB are allowed")
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return value
