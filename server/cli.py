@@ -31,7 +31,6 @@ class Commands(TyperGroup):
         except TyperException as error:  # a wrong option, which typer words itself
             if "unexpected extra argument" in error.message:
                 error.message += ". The model is named by --model, and a text with spaces needs quotes."
-                )
             raise
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
