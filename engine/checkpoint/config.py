@@ -1,10 +1,12 @@
-"""config.json or GGUF metadata -> ModelConfig. What would change the arithmetic and is not understood is refused by name."""
+"""config.json or GGUF metadata -> ModelConfig. What would change the arithmetic and is not known is refused by name."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -43,7 +45,7 @@ _GGUF_NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class Fields:
-    """Typed, bounded reading of a mapping that came from a file; a wrong value is a CheckpointError naming its field."""
+    """Typed, bounded reading of a mapping from a file; a wrong value is a CheckpointError naming its field."""
 
     def __init__(self, values: Mapping[str, Any], where: str, prefix: str = ""):
         self.values, self.where, self.prefix = values, where, prefix
@@ -107,8 +109,21 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of at most 64 MiB; CheckpointError naming the file for anything else."""
+    try:
+        if path.stat().st_size > 1 << 26:
+            raise CheckpointError(f"{path} is {path.stat().st_size} bytes; 64 MiB are allowed")
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return value
+
+
 def hf_config(values: dict[str, Any], generation: dict[str, Any], where: str) -> ModelConfig:
-    """values: config.json; generation: generation_config.json (or empty), whose end tokens win. Hugging Face's defaults."""
+    """values: config.json; generation: generation_config.json or {}, whose end tokens win. Hugging Face's defaults."""
     fields = Fields(values, where)
     architectures = values.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in HF_ARCHITECTURES:
@@ -125,7 +140,7 @@ def hf_config(values: dict[str, Any], generation: dict[str, Any], where: str) ->
     )
     max_position = fields.integer("max_position_embeddings", 1 << 26, default=2048)
     rope_theta, rope_scaling = _hf_rope(fields, max_position)
-    if rope_scaling and rope_scaling.kind in ("dynamic", "yarn"):  # these are written beside the context before stretching
+    if rope_scaling and rope_scaling.kind in ("dynamic", "yarn"):  # written beside the context before stretching
         max_position = max(max_position, int(rope_scaling.original_max_position * rope_scaling.factor))
     attention_bias = architecture == "Qwen2ForCausalLM" or fields.flag("attention_bias")
     ends = Fields(generation, "generation_config.json").token_ids("eos_token_id", shape["vocab_size"])
@@ -149,21 +164,31 @@ def hf_config(values: dict[str, Any], generation: dict[str, Any], where: str) ->
     )
 
 
+class _Sizes(TypedDict):
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
 def _sizes(
     fields: Fields, names: tuple[str, ...], kv_heads: str, head_dim: str, default_head_dim: int | None
-) -> dict[str, int]:
-    """The seven sizes; the bounds are far above any dense model there is and keep every product of two within 2^40."""
+) -> _Sizes:
+    """The bounds are far above any dense model there is and keep every product of two within 2^40."""
     vocab, hidden, ffn, layers, heads = names
-    num_heads = fields.integer(heads, 4096)
-    sizes = {
-        "vocab_size": fields.integer(vocab, 1 << 22),
-        "hidden_size": fields.integer(hidden, 1 << 18),
-        "intermediate_size": fields.integer(ffn, 1 << 20),
-        "num_layers": fields.integer(layers, 1024),
-        "num_heads": num_heads,
-        "num_kv_heads": fields.integer(kv_heads, num_heads, default=num_heads),
-    }
-    sizes["head_dim"] = fields.integer(head_dim, 1024, default=default_head_dim or sizes["hidden_size"] // num_heads)
+    num_heads, hidden_size = fields.integer(heads, 4096), fields.integer(hidden, 1 << 18)
+    sizes = _Sizes(
+        vocab_size=fields.integer(vocab, 1 << 22),
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer(ffn, 1 << 20),
+        num_layers=fields.integer(layers, 1024),
+        num_heads=num_heads,
+        num_kv_heads=fields.integer(kv_heads, num_heads, default=num_heads),
+        head_dim=fields.integer(head_dim, 1024, default=default_head_dim or hidden_size // num_heads),
+    )
     if num_heads % sizes["num_kv_heads"]:
         raise fields.fail(kv_heads, f"is {sizes['num_kv_heads']}, which does not divide the {num_heads} query heads")
     if sizes["head_dim"] % 2:
@@ -172,7 +197,7 @@ def _sizes(
 
 
 def _hf_rope(fields: Fields, max_position: int) -> tuple[float, RopeScaling | None]:
-    """rope_theta and the scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    """rope_theta and the scaling: from `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`."""
     name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
     values = fields.get(name) or {}
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
@@ -186,7 +211,7 @@ def _hf_rope(fields: Fields, max_position: int) -> tuple[float, RopeScaling | No
     if kind == "default":
         return rope_theta, None
     original = rope.integer("original_max_position_embeddings", 1 << 26, default=max_position)
-    if kind == "dynamic":  # transformers measures the stretch from max_position_embeddings, whatever the other field says
+    if kind == "dynamic":  # transformers stretches from max_position_embeddings, whatever the other field says
         original = max_position
     return rope_theta, RopeScaling(
         kind=kind,
@@ -220,7 +245,7 @@ def _hf_window(fields: Fields, architecture: str, num_layers: int) -> int | None
         return window
     if kinds == {"full_attention"}:
         return None
-    raise fields.fail("layer_types", f"mixes {', '.join(sorted(map(str, kinds)))}; one kind for all layers is supported")
+    raise fields.fail("layer_types", f"mixes {', '.join(sorted(map(str, kinds)))}; all layers must be of one kind")
 
 
 def _hf_dtype(fields: Fields) -> str:

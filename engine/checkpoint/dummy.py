@@ -1,4 +1,4 @@
-"""Dummy weights: any config with random numbers that depend only on the tensor's name, for measuring without a download."""
+"""Dummy weights: any config with random numbers that depend only on the tensor's name; for measuring, no download."""
 
 from __future__ import annotations
 
@@ -75,12 +75,10 @@ def dummy_tokenizer(config: ModelConfig) -> Tokenizer:
     """One token per byte; the ids above 255 decode to words of their own number, so that streams of them are text."""
     alphabet = sorted(byte_of_character(), key=byte_of_character().__getitem__)
     if config.vocab_size < len(alphabet):
-        raise CheckpointError(f"vocab_size is {config.vocab_size}; the byte tokenizer of dummy weights needs at least 256")
+        raise CheckpointError(f"vocab_size is {config.vocab_size}; the tokenizer of dummy weights needs at least 256")
     vocabulary = {character: i for i, character in enumerate(alphabet)}
     vocabulary |= {f"\u0120w{i}": i for i in range(len(alphabet), config.vocab_size)}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    return Tokenizer(
-        backend, bos_id=config.bos_token_id, eos_ids=config.eos_token_ids, add_bos=False, add_eos=False, chat_template=_TEMPLATE
-    )
+    return Tokenizer(backend, bos_id=config.bos_token_id, eos_ids=config.eos_token_ids, chat_template=_TEMPLATE)

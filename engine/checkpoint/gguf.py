@@ -1,13 +1,14 @@
 """Reads a GGUF file by mmap with every count, length and offset checked against the file before it is believed.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. The `gguf` package
-supplies the tables of the rarer block types; its reader is not used, because it trusts the counts in the file.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. The `gguf`
+package supplies the tables of the rarer block types; its reader is not used, because it trusts the counts in the file.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import mmap
@@ -27,8 +28,8 @@ _KEPT_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 30: "BF16"}
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-# Far above any real model (the largest vocabularies have 300,000 tokens and 500,000 merges), and low enough that a hostile
-# header of legal counts is still turned down within a second.
+# Far above any real model (the largest vocabularies have 300,000 tokens and 500,000 merges), and low enough that a
+# hostile header of legal counts is still turned down within a second.
 _MAX_HEADER_BYTES = 1 << 28
 _MAX_STRINGS = 2_000_000
 _MAX_ENTRIES = 100_000
@@ -39,7 +40,7 @@ _MAX_DIMENSION = 1 << 40
 class GgufFile:
     """metadata: strings, numbers and bools; arrays are lists of str or numpy vectors. tensors: by the file's own names.
 
-    types: the type each tensor has in the file; it differs from the tensor's `dtype` where that is dequantised on reading.
+    types: the type each tensor has in the file; the tensor's `dtype` is another one where it is dequantised on reading.
     """
 
     path: Path
@@ -122,7 +123,7 @@ class _Header:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Parses the header; tensor bytes stay in the file until they are touched. Raises CheckpointError naming the field."""
+    """Parses the header; tensor bytes stay in the file until touched. Raises CheckpointError naming the field."""
     try:
         with open(path, "rb") as file:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -138,7 +139,7 @@ def read_gguf(path: Path) -> GgufFile:
         hint = " (a big-endian file)" if version in (0x02000000, 0x03000000) else ""
         raise header.fail(f"version is {version}{hint}; little-endian versions 2 and 3 are supported")
     tensor_count, entry_count = header.number("Q", "tensor_count"), header.number("Q", "metadata_kv_count")
-    # The smallest entry has a key, a type and one byte of value; the smallest tensor a name, one dimension, type, offset.
+    # The smallest entry has a key, a type and a byte of value; the smallest tensor a name, one dimension, type, offset.
     for field, count, smallest in (("metadata_kv_count", entry_count, 14), ("tensor_count", tensor_count, 33)):
         if count > min(_MAX_ENTRIES, (header.limit - header.position) // smallest):
             raise header.fail(f"{field} is {count}, more than a file of {len(buffer)} bytes can hold")
@@ -153,7 +154,7 @@ def read_gguf(path: Path) -> GgufFile:
     if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
         raise header.fail(f"general.alignment is {str(alignment)[:40]}; it must be a power of two from 8 to 65536")
     if metadata.get("split.count", 0) not in (0, 1):
-        raise header.fail("split.count says that it is one of several parts; merge them with `gguf-split --merge` first")
+        raise header.fail("split.count says it is one of several parts; merge them with `gguf-split --merge` first")
 
     entries = [_tensor_entry(header, index) for index in range(tensor_count)]
     data_start = -(-header.position // alignment) * alignment
@@ -171,7 +172,7 @@ def read_gguf(path: Path) -> GgufFile:
         if offset % alignment:
             raise header.fail(f"the offset {offset} of {name!r} is not a multiple of general.alignment, {alignment}")
         if start + size > len(buffer):
-            raise header.fail(f"{name!r} ends at byte {start + size}, but the file has {len(buffer)} (is it cut short?)")
+            raise header.fail(f"{name!r} ends at byte {start + size}, the file at {len(buffer)} (is it cut short?)")
         spans.append((start, start + size, name))
         raw = np.frombuffer(buffer, np.uint8, size, start)
         types[name] = kind
@@ -180,7 +181,7 @@ def read_gguf(path: Path) -> GgufFile:
         else:
             tensors[name] = StoredTensor(name, "F32", shape, functools.partial(_dequantize, raw, shape, type_id))
     spans.sort()
-    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+    for (_, end, first), (start, _, second) in itertools.pairwise(spans):
         if start < end:
             raise header.fail(f"the tensors {first!r} and {second!r} overlap")
     if others := sorted({kind for kind in types.values() if kind not in BLOCKS}):

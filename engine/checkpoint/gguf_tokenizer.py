@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file, from `tokenizer.ggml.*`: the same ids as llama.cpp gives, its regular expressions included."""
+"""The tokenizer of a GGUF file, from `tokenizer.ggml.*`: the ids that llama.cpp gives, with its regular expressions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), (_LLAMA3,)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), (_QWEN2,)),
 }
-_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3")  # a word in the vocabulary is not merged up; BOS added
+# Those where a word that is in the vocabulary is taken as it is, not merged up from its bytes; they add BOS by default.
+_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3")
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 
@@ -41,8 +42,10 @@ def tokenizer_from_gguf(file: GgufFile, eos_ids: tuple[int, ...]) -> Tokenizer:
     if model != "gpt2":
         raise CheckpointError(f"{where}: tokenizer.ggml.model is {model!r}; supported: 'gpt2' (byte-level BPE)")
     if pre not in _PRE_TOKENIZERS:
-        raise CheckpointError(f"{where}: tokenizer.ggml.pre is {pre!r}; supported: {', '.join(sorted(_PRE_TOKENIZERS))}")
-    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(key("tokens", list))]  # llama.cpp's name for an empty one
+        supported = ", ".join(sorted(_PRE_TOKENIZERS))
+        raise CheckpointError(f"{where}: tokenizer.ggml.pre is {pre!r}; supported: {supported}")
+    # [EMPTY_7] is llama.cpp's name for an empty token.
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(key("tokens", list))]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise CheckpointError(f"{where}: tokenizer.ggml.tokens has the same token twice")
@@ -51,7 +54,9 @@ def tokenizer_from_gguf(file: GgufFile, eos_ids: tuple[int, ...]) -> Tokenizer:
         space = merge.find(" ", 1)
         first, second = merge[:space], merge[space + 1 :]
         if space < 0 or first not in vocabulary or second not in vocabulary or first + second not in vocabulary:
-            raise CheckpointError(f"{where}: tokenizer.ggml.merges has {merge[:40]!r}, which does not join two tokens to one")
+            raise CheckpointError(
+                f"{where}: tokenizer.ggml.merges has {merge[:40]!r}, which joins no two tokens to one"
+            )
         merges.append((first, second))
     whole_words = pre in _WHOLE_WORDS_FIRST
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole_words))

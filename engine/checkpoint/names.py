@@ -1,4 +1,4 @@
-"""Tensor names: the dialects that files use, the one this engine uses (Hugging Face's Llama), and what a config expects."""
+"""Tensor names: the dialects of files, the one this engine uses (Hugging Face's Llama), and what a config expects."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _YI_LAYER = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}  # Yi'
 
 
 def from_gguf(name: str) -> str:
-    """GGUF's name -> ours ("blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"); unknown names are kept."""
+    """GGUF's name -> ours ("blk.3.attn_q.bias" -> "model.layers.3.self_attn.q_proj.bias"); unknown names are kept."""
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
         layer, part, kind = match.groups()
         return f"{_LAYER}{layer}.{_GGUF_LAYER[part]}.{kind}" if part in _GGUF_LAYER else name
@@ -78,7 +78,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(tensors: Mapping[str, StoredTensor], config: ModelConfig, where: str) -> dict[str, StoredTensor]:
-    """The tensors in loading order, if they are exactly those of the config; else CheckpointError naming the first few."""
+    """The tensors in loading order, if they are just those of the config; else CheckpointError naming a few."""
     shapes = expected_shapes(config)
     if missing := [name for name in shapes if name not in tensors]:
         raise CheckpointError(f"{where} lacks {_few(missing)}, which a {config.architecture} of this config has")

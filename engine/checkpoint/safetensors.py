@@ -1,7 +1,7 @@
 """Reads safetensors files, one or sharded, by mmap, with the header checked against the file before it is believed.
 
-The format: https://github.com/huggingface/safetensors#format. The library would do, but it loads tensors into arrays of a
-framework; here the bytes stay in the file until they are asked for.
+The format: https://github.com/huggingface/safetensors#format. The library would do, but it loads tensors into a
+framework's arrays; here the bytes stay in the file until they are asked for.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
+from engine.checkpoint.config import read_json
 from engine.checkpoint.tensors import StoredTensor, stored_bytes
-from engine.checkpoint.tokenizer import read_json
 from engine.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -31,7 +31,7 @@ def safetensors_files(folder: Path) -> dict[Path, list[str]]:
         files: dict[Path, list[str]] = {}
         for tensor, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file or "\\" in file or file in ("", ".", ".."):
-                raise CheckpointError(f"{folder / INDEX}: {tensor} is in {str(file)[:80]!r}, which is no file of this folder")
+                raise CheckpointError(f"{folder / INDEX}: {tensor} is in {str(file)[:80]!r}, no file of this folder")
             files.setdefault(folder / file, []).append(tensor)
         return files
     if (folder / "model.safetensors").is_file():
@@ -40,7 +40,7 @@ def safetensors_files(folder: Path) -> dict[Path, list[str]]:
     if len(found) == 1:
         return {found[0]: []}
     if found:
-        raise CheckpointError(f"{folder} has {len(found)} .safetensors files and no {INDEX} that says how they belong together")
+        raise CheckpointError(f"{folder} has {len(found)} .safetensors files and no {INDEX} that joins them")
     return {}
 
 
@@ -81,9 +81,8 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     spans: list[tuple[int, int, str]] = []
     data_start, data_size = 8 + length, len(buffer) - 8 - length
     for name, entry in header.items():
-        dtype, shape, offsets = (
-            (entry.get(key) for key in ("dtype", "shape", "data_offsets")) if isinstance(entry, dict) else (None,) * 3
-        )
+        fields = entry if isinstance(entry, dict) else {}
+        dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
         if not _whole_numbers(shape) or len(shape) > 8 or not _whole_numbers(offsets) or len(offsets) != 2:
             raise fail(f"{name[:80]!r} has no proper dtype, shape and data_offsets")
         if dtype not in _KEPT_TYPES:
@@ -106,7 +105,7 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _whole_numbers(value: Any) -> bool:
+def _whole_numbers(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(i) is int and 0 <= i < 1 << 60 for i in value)
 
 

@@ -1,4 +1,4 @@
-"""Text <-> token ids: Hugging Face's `tokenizers`, with the exact bytes of each token and the checkpoint's own rules."""
+"""Text <-> token ids: Hugging Face's `tokenizers`, with the exact bytes of each token and the checkpoint's rules."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import tokenizers
 
+from engine.checkpoint.config import read_json
 from engine.errors import CheckpointError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -69,7 +70,7 @@ class Tokenizer:
         return prefix, suffix
 
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
-        """add_special_tokens: put BOS/EOS around it where the checkpoint says so (a rendered chat template has its own).
+        """add_special_tokens: put BOS/EOS around it if the checkpoint says so (a rendered chat template has its own).
 
         parse_special: text such as "<|im_end|>" becomes that one token; False reads it as ordinary characters.
         """
@@ -130,22 +131,23 @@ class Tokenizer:
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    """True: tokens spell bytes in GPT-2's alphabet; False: SentencePiece's \u2581 and <0xNN>. Another kind is refused."""
+    """True: tokens spell bytes in GPT-2's alphabet; False: SentencePiece's \u2581 and <0xNN>; else refused."""
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
     parts = {part.get("type") for part in [decoder, *decoder.get("decoders", [])]}
     if "ByteLevel" in parts:
         return True
     if "ByteFallback" in parts or "Metaspace" in parts:
         return False
-    raise CheckpointError(f"the tokenizer's decoder is {decoder.get('type')}; supported: ByteLevel, ByteFallback, Metaspace")
+    kind = decoder.get("type")
+    raise CheckpointError(f"the tokenizer's decoder is {kind}; supported: ByteLevel, ByteFallback, Metaspace")
 
 
 def tokenizer_from_folder(folder: Path, bos_id: int | None, eos_ids: tuple[int, ...]) -> Tokenizer:
-    """From tokenizer.json, with tokenizer_config.json's special tokens, BOS/EOS flags and chat template if they are there."""
+    """From tokenizer.json; special tokens, BOS/EOS flags and chat template from tokenizer_config.json."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        others = " (tokenizer.model alone is not enough: save it with a fast tokenizer)" if any(folder.glob("*.model")) else ""
-        raise CheckpointError(f"{folder} has no tokenizer.json{others}")
+        hint = "; tokenizer.model alone is not supported" if (folder / "tokenizer.model").is_file() else ""
+        raise CheckpointError(f"{folder} has no tokenizer.json{hint}")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception for whatever is wrong with the file
@@ -156,11 +158,12 @@ def tokenizer_from_folder(folder: Path, bos_id: int | None, eos_ids: tuple[int, 
     config: dict[str, Any] = {}
     if config_path.is_file():
         config = read_json(config_path)
-    special = {
-        name: value["content"] if isinstance(value, dict) else value
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-        if isinstance(value := config.get(name), str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
-    }
+    special: dict[str, str] = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            special[name] = value
     bos = backend.token_to_id(special["bos_token"]) if "bos_token" in special else bos_id
     eos = backend.token_to_id(special["eos_token"]) if "eos_token" in special else None
     template_path = folder / "chat_template.jinja"
@@ -178,16 +181,3 @@ def tokenizer_from_folder(folder: Path, bos_id: int | None, eos_ids: tuple[int, 
         special_tokens=special,
         chat_template=template if isinstance(template, str) else None,
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most 64 MiB; CheckpointError naming the file for anything else."""
-    try:
-        if path.stat().st_size > 1 << 26:
-            raise CheckpointError(f"{path} is {path.stat().st_size} bytes; 64 MiB are allowed")
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return value

@@ -1,4 +1,4 @@
-"""What makes one LLaMA-family model differ from another: a dataclass of flags, read by the one decoder. Imports no torch."""
+"""What makes one LLaMA-family model differ from another: flags, read by the one decoder. Imports no torch."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    rope_factors: tuple[float, ...] | None = None  # head_dim/2 divisors of the inverse frequencies (GGUF's rope_freqs.weight)
-    rope_interleaved: bool = False  # q/k rows as stored: True pairs (0,1),(2,3).. (GGUF "llama"), False pairs (i, i + D/2) (Hugging Face)
+    rope_factors: tuple[float, ...] | None = None  # head_dim/2 divisors of the inverse frequencies (GGUF's rope_freqs)
+    # q/k rows as stored: True pairs (0,1), (2,3).. (GGUF "llama"), False pairs (i, i + head_dim/2) (Hugging Face)
+    rope_interleaved: bool = False
     tie_embeddings: bool = False
     attention_bias: bool = False  # on q, k, v
     output_bias: bool = False  # on o
