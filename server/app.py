@@ -1,0 +1,59 @@
+"""The FastAPI application. Imports no torch: the engine runs in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from engine.checkpoint.tokenizer import Tokenizer
+from engine.core.client import EngineClient
+from server import chat, completions, errors, status, text_routes
+from server.middleware import Envelope
+from server.service import Service
+from server.settings import ServerSettings
+from server.version import version
+
+
+def create_app(
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    settings: ServerSettings,
+    *,
+    chat_template: str | None,
+    model: str,
+    start: Callable[[], Coroutine[Any, Any, object]] | None = None,
+) -> FastAPI:
+    """`model`: the name to serve under unless the settings give one. `start`: run in the background once the port is
+    open; default: `client.start`. The engine stops with the app."""
+    service = Service(client, tokenizer, chat_template, settings, model)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        async with service.running(start or client.start):
+            yield
+
+    app = FastAPI(
+        title="Fen",
+        version=version(),
+        lifespan=lifespan,
+        redirect_slashes=False,
+        description="An OpenAI-compatible inference server.",
+    )
+    app.state.service = service
+    for router in (completions.router, chat.router, text_routes.router, status.router):
+        app.include_router(router)
+    errors.install(app)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-ignored-params"],
+        )
+    app.add_middleware(Envelope)
+    return app

@@ -1,0 +1,70 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from engine.detokenizer import TextDelta
+from server.choice import Choice
+from server.generation import Generation, Json
+from server.json_route import JsonRoute
+from server.logprobs import chat_logprobs
+from server.protocol import ChatCompletionRequest
+from server.service import Service
+
+router = APIRouter(route_class=JsonRoute)
+
+
+@router.post("/v1/chat/completions", operation_id="create_chat_completion")
+@router.post("/chat/completions", include_in_schema=False)
+async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    return Generation(service, body, ChatShape(service, body), 1)
+
+
+class ChatShape:
+    """A message in a whole reply; in a stream first the role, then what is added to the content."""
+
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+    prefix = "chatcmpl-"
+
+    def __init__(self, service: Service, body: ChatCompletionRequest):
+        self.service = service
+        self.body = body
+
+    def opening(self, choice: Choice) -> Json | None:
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def chunk(self, choice: Choice, delta: TextDelta) -> Json | None:
+        logprobs = self._logprobs([delta])
+        if not delta.text and logprobs is None and delta.finish_reason is None:
+            return None
+        chunk = {
+            "index": choice.index,
+            "delta": {"content": delta.text} if delta.text else {},
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+        }
+        if delta.finish_reason is not None:
+            chunk["stop_reason"] = delta.stop_reason
+        return chunk
+
+    def whole(self, choice: Choice, deltas: list[TextDelta]) -> Json:
+        text = "".join(delta.text for delta in deltas)
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": self._logprobs(deltas),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+
+    def _logprobs(self, deltas: list[TextDelta]) -> Json | None:
+        if not self.body.logprobs:
+            return None
+        entries = [entry for delta in deltas for entry in delta.logprobs or ()]
+        return chat_logprobs(self.service.tokenizer, entries) if entries else None

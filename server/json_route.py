@@ -1,0 +1,60 @@
+"""Routes with a JSON body: 415 for another content type, and a stricter parser than the standard library's."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+from fastapi import Request
+from fastapi.routing import APIRoute
+from starlette.responses import Response
+
+from server.errors import ApiError
+
+
+class JsonRequest(Request):
+    async def json(self) -> Any:
+        body = await self.body()
+        try:
+            return msgspec.json.decode(body)
+        except UnicodeDecodeError:
+            raise ApiError(400, "the body is not UTF-8", code="invalid_json") from None
+        except RecursionError:
+            raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+        except msgspec.DecodeError as error:
+            if (field := non_finite_field(body)) is not None:
+                raise ApiError(400, f"{field}: NaN and Infinity are not numbers that JSON has", param=field) from None
+            message = str(error).removeprefix("JSON is malformed: ")
+            raise ApiError(400, f"the body is not JSON: {message}", code="invalid_json") from None
+
+
+def non_finite_field(body: bytes) -> str | None:
+    """The first field whose value holds NaN or an infinity, of a body that Python's lenient parser accepts."""
+    try:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    for name, value in parsed.items() if isinstance(parsed, dict) else ():
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if any(isinstance(item, float) and not math.isfinite(item) for item in values):
+            return str(name)
+    return None
+
+
+class JsonRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            if request.method == "POST":
+                content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+                if content_type != "application/json":
+                    got = f"not {content_type[:100]!r}" if content_type else "and there is none"
+                    raise ApiError(415, f"Content-Type must be application/json, {got}")
+                request = JsonRequest(request.scope, request.receive)
+            return await handler(request)
+
+        return handle

@@ -1,0 +1,119 @@
+"""Prometheus metrics under vLLM's names, labels and buckets, so that dashboards made for it work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from server.choice import Choice
+    from server.service import Service
+
+FIRST_TOKEN = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+)  # fmt: skip
+PER_TOKEN = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+LATENCY = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)  # fmt: skip
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+FINISH_REASONS = ("stop", "length", "abort", "error")
+
+
+class Metrics:
+    """What happened to requests. The engine's own counters are read from `service.client.stats` at each scrape."""
+
+    def __init__(self, service: Service):
+        self.registry = CollectorRegistry()
+        name = service.model
+
+        def histogram(metric: str, about: str, buckets: tuple[float, ...]) -> Histogram:
+            family = Histogram(f"vllm:{metric}", about, ["model_name"], buckets=buckets, registry=self.registry)
+            return family.labels(name)
+
+        success = Counter(
+            "vllm:request_success", "Finished requests.", ["model_name", "finished_reason"], registry=self.registry
+        )
+        self.finished = {reason: success.labels(name, reason) for reason in FINISH_REASONS}
+        self.refused = Counter(
+            "fen:requests_refused", "Requests answered 429.", ["model_name"], registry=self.registry
+        ).labels(name)
+        self.first_token = histogram("time_to_first_token_seconds", "Arrival to first token.", FIRST_TOKEN)
+        self.inter_token = histogram("inter_token_latency_seconds", "Between two tokens of a request.", PER_TOKEN)
+        self.per_token = histogram(
+            "request_time_per_output_token_seconds", "Mean time per token after the first, of a request.", PER_TOKEN
+        )
+        self.latency = histogram("e2e_request_latency_seconds", "Arrival to last token.", LATENCY)
+        self.queue = histogram("request_queue_time_seconds", "Arrival to first scheduled.", LATENCY)
+        self.prefill = histogram("request_prefill_time_seconds", "First scheduled to first token.", LATENCY)
+        self.decode = histogram("request_decode_time_seconds", "First token to last token.", LATENCY)
+        self.inference = histogram("request_inference_time_seconds", "First scheduled to last token.", LATENCY)
+        self.prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
+        self.generation_tokens = histogram("request_generation_tokens", "Generated tokens of a request.", TOKENS)
+        self.registry.register(EngineCollector(service))
+
+    def observe(self, choice: Choice) -> None:
+        """Book one finished choice."""
+        self.finished[choice.finish_reason or "abort"].inc()
+        self.prompt_tokens.observe(len(choice.prompt))
+        self.generation_tokens.observe(choice.completion_tokens)
+        if choice.started is None:
+            return
+        queued = choice.queue_seconds
+        total, first = choice.ended - choice.arrival, choice.started - choice.arrival
+        self.latency.observe(total)
+        self.queue.observe(queued)
+        self.prefill.observe(max(first - queued, 0.0))
+        self.decode.observe(total - first)
+        self.inference.observe(max(total - queued, 0.0))
+        if choice.completion_tokens > 1:
+            self.per_token.observe((total - first) / (choice.completion_tokens - 1))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class EngineCollector(Collector):
+    """Gauges and counters that live in the engine."""
+
+    def __init__(self, service: Service):
+        self.service = service
+
+    def collect(self) -> Iterator[Metric]:
+        stats, name = self.service.client.stats, [self.service.model]
+        usage = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
+        gauges = {
+            "num_requests_running": ("Requests in the batch.", stats.running),
+            "num_requests_waiting": ("Requests in the queue.", max(stats.waiting, self.service.waiting)),
+            "kv_cache_usage_perc": ("Share of KV blocks in use, 0 to 1.", usage),
+        }
+        counters = {
+            "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
+            "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.prefix_hits),
+            "num_preemptions": ("Requests preempted and recomputed.", stats.preemptions),
+            "prompt_tokens": ("Prompt tokens processed.", stats.prompt_tokens),
+            "generation_tokens": ("Tokens generated.", stats.generation_tokens),
+        }
+        for metric, (about, value) in gauges.items():
+            gauge = GaugeMetricFamily(f"vllm:{metric}", about, labels=["model_name"])
+            gauge.add_metric(name, value)
+            yield gauge
+        for metric, (about, value) in counters.items():
+            counter = CounterMetricFamily(f"vllm:{metric}", about, labels=["model_name"])
+            counter.add_metric(name, value)
+            yield counter
+        info = self.service.client.info
+        if info is not None:
+            config = GaugeMetricFamily(
+                "vllm:cache_config_info", "The KV cache.", labels=["model_name", "block_size", "num_gpu_blocks"]
+            )
+            config.add_metric([*name, str(info.block_size), str(info.num_blocks)], 1)
+            yield config

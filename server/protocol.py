@@ -1,0 +1,267 @@
+"""The request bodies: one pydantic model each, strict, feeding validation and /openapi.json.
+
+Names and meanings are OpenAI's; where it is silent, vLLM's. `null` means absent. A field that is known but not
+implemented, and would change the answer, is refused by name; a field nobody knows is ignored and reported.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from engine.errors import RequestError
+from engine.messages import SamplingParams
+from server.fields import ContentText, LogitBias, Prompt, Stop, TokenId
+
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20
+
+# Known, meaningful, not implemented: refused unless given with a value that changes nothing. Declaring a field on a
+# model takes it off this list.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+}
+# Accepted and without effect, as OpenAI's API allows.
+WITHOUT_EFFECT = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",
+    }
+)
+
+
+class Body(BaseModel):
+    """Base of every request body: strict types, no NaN, null is absent, unknown fields are collected."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    refused: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls_and_refuse(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = {name: value for name, value in data.items() if value is not None}
+        for name in (REFUSED.keys() & data.keys() & cls.refused) - cls.model_fields.keys():
+            if not any(data[name] == neutral for neutral in REFUSED[name]):
+                raise RequestError(f"{name} is not supported by this server; leave it out", param=name)
+        return data
+
+    def ignored(self) -> list[str]:
+        """Names of fields that nobody here knows."""
+        known = WITHOUT_EFFECT | REFUSED.keys() if self.refused else frozenset()
+        return sorted((self.model_extra or {}).keys() - known)
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class GenerationBody(Body):
+    """The fields that completions and chat completions share."""
+
+    refused = frozenset(REFUSED)
+
+    model: str | None = None
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, le=2**31 - 1, description="0 and -1 are off")
+    min_p: float = Field(0.0, ge=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    min_tokens: int = Field(0, ge=0, le=2**31 - 1)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    best_of: int | None = Field(None, description="only the value of n is accepted")
+    stop: Stop = []
+    stop_token_ids: list[TokenId] = Field([], max_length=64)
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="choice i draws from stream (seed, i)")
+    logit_bias: LogitBias = {}
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    request_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,64}$")] | None = None
+    priority: int = Field(0, ge=-(2**31), le=2**31 - 1, description="smaller is served first")
+
+    @model_validator(mode="after")
+    def _agree(self) -> GenerationBody:
+        if self.best_of is not None and self.best_of != self.n:
+            raise RequestError(f"best_of must equal n ({self.n}): every choice is returned", "best_of")
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is only allowed with stream: true", "stream_options")
+        limit = self.limit()
+        if limit is not None and self.min_tokens > limit:
+            raise RequestError(f"min_tokens ({self.min_tokens}) is more than max_tokens ({limit})", "min_tokens")
+        return self
+
+    def ignored(self) -> list[str]:
+        inner = self.stream_options.ignored() if self.stream_options else []
+        return super().ignored() + [f"stream_options.{name}" for name in inner]
+
+    def limit(self) -> int | None:
+        """The caller's bound on new tokens, None where none was given."""
+        raise NotImplementedError
+
+    def sampling(self, max_tokens: int, stream: int, vocab_size: int) -> SamplingParams:
+        """Parameters of choice `stream`. Raises RequestError for token ids outside the vocabulary."""
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            if (worst := max(ids, default=0)) >= vocab_size:
+                raise RequestError(f"{name}: token id {worst} is outside the vocabulary (0 to {vocab_size - 1})", name)
+        return SamplingParams(
+            max_tokens=max(max_tokens, 1),  # 0 is echo alone: the reply drops that token
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k if 0 < self.top_k < vocab_size else 0,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            stream=stream,
+            logit_bias=self.logit_bias,
+            logprobs=self.top(),
+            prompt_logprobs=self.top_prompt(),
+            stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
+        )
+
+    def top(self) -> int | None:
+        """How many alternatives each token's logprob brings along; None: no logprobs."""
+        raise NotImplementedError
+
+    def top_prompt(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return None
+
+
+class CompletionRequest(GenerationBody):
+    prompt: Prompt
+    max_tokens: int = Field(16, ge=0, le=2**31 - 1, description="0 only with echo")
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _zero_needs_echo(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens: must be at least 1 (0 is only allowed with echo)", "max_tokens")
+        return self
+
+    def limit(self) -> int | None:
+        return self.max_tokens if "max_tokens" in self.model_fields_set else None
+
+    def top(self) -> int | None:
+        return self.logprobs
+
+    def top_prompt(self) -> int | None:
+        return self.logprobs if self.echo else None
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: ContentText
+    name: str | None = None
+    refusal: str | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_calls_yet(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name in ("tool_calls", "function_call", "audio"):
+                if data.get(name):
+                    raise RequestError(f"messages: {name} is not supported by this server", f"messages.{name}")
+        return data
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates expect it: strings only, "developer" is "system"."""
+        plain: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        for name in ("name", "tool_call_id"):
+            if (value := getattr(self, name)) is not None:
+                plain[name] = value
+        return plain
+
+
+class ChatCompletionRequest(GenerationBody):
+    messages: list[Message] = Field(min_length=1, max_length=4096)
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="default: the rest of the context")
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="wins over max_tokens")
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatCompletionRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs is only allowed with logprobs: true", "top_logprobs")
+        return self
+
+    def limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeRequest(Body):
+    model: str | None = None
+    prompt: Annotated[str, StringConstraints()] | None = None
+    messages: list[Message] | None = Field(None, min_length=1, max_length=4096)
+    add_special_tokens: bool | None = Field(None, description="default: true for a prompt, false for messages")
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give either prompt or messages", "prompt")
+        return self
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[TokenId] = Field(max_length=2**20)

@@ -1,0 +1,114 @@
+"""Run the server: claim the port, load in the background, drain on a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from types import FrameType
+
+import uvicorn
+from rich.console import Console
+
+from engine.checkpoint import open_checkpoint
+from engine.core.client import EngineClient
+from engine.errors import FenError
+from server.app import create_app
+from server.banner import print_banner
+from server.service import Service
+from server.settings import ServerSettings
+
+
+def serve(settings: ServerSettings) -> None:
+    """Returns after a signal, when everything in flight is answered. Raises FenError when it cannot run at all."""
+    console = Console(stderr=True)
+    with claim_port(settings.host, settings.port) as listener:
+        checkpoint = open_checkpoint(settings.engine.model, settings.engine.load_format)
+        client = EngineClient(settings.engine)
+        failure: FenError | None = None
+
+        async def start() -> None:
+            nonlocal failure
+            try:
+                with console.status("Loading") as status:
+                    info = await client.start(lambda stage, share: status.update(f"Loading: {stage}, {share:.0%}"))
+            except FenError as error:
+                failure, server.should_exit = error, True
+            else:
+                host, port = listener.getsockname()[:2]
+                print_banner(console, info, service.model, host, port, settings)
+
+        app = create_app(
+            client,
+            checkpoint.tokenizer,
+            settings,
+            chat_template=checkpoint.chat_template,
+            model=checkpoint.name,
+            start=start,
+        )
+        service: Service = app.state.service
+        config = uvicorn.Config(
+            app,
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=2,
+        )
+        server = Server(config, service, console)
+        server.run(sockets=[listener])
+        if failure is not None:
+            raise failure
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our signals: the first drains while the port stays open, the second stops now. Exit status 0."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, console: Console):
+        super().__init__(config)
+        self.service = service
+        self.console = console
+        self.drainer: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.loop.call_soon_threadsafe(self.begin_exit)
+
+    def begin_exit(self) -> None:
+        if self.drainer is not None:
+            self.should_exit = self.force_exit = True
+            return
+        self.drainer = asyncio.create_task(self.drain())
+
+    async def drain(self) -> None:
+        if self.service.admitted:
+            seconds = self.service.settings.drain_timeout
+            self.console.print(
+                f"Finishing {self.service.admitted} completions, for at most {seconds:g} s; a second signal stops now."
+            )
+        await self.service.drain(self.service.settings.drain_timeout)
+        self.should_exit = True
+
+
+def claim_port(host: str, port: int) -> socket.socket:
+    """A bound socket, not yet listening. Raises FenError with the way out."""
+    listener: socket.socket | None = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        return listener
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        if error.errno == errno.EADDRINUSE:
+            hint = f"is in use by another program; stop it, or choose another port: --port {port + 1}"
+        elif error.errno == errno.EACCES:
+            hint = "may not be opened by this user; choose a port above 1023: --port 8000"
+        else:
+            hint = f"cannot be opened ({error.strerror}); check --host and --port"
+        raise FenError(f"port {port} on {host} {hint}") from None

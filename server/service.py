@@ -1,0 +1,182 @@
+"""What all routes share: the engine client, the tokenizer, admission to the queue, the way from a body to tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from engine.chat import render_chat
+from engine.checkpoint.tokenizer import Tokenizer
+from engine.core.client import EngineClient
+from engine.errors import RequestError
+from engine.messages import EngineInfo
+from server.errors import ApiError
+from server.metrics import Metrics
+from server.protocol import ChatCompletionRequest, CompletionRequest, GenerationBody, Message
+from server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from server.choice import Choice
+
+T = TypeVar("T")
+LAST_WORDS_SECONDS = 2.0  # for aborted replies to be written
+
+
+class Service:
+    """One per server. Everything here runs on the event loop; only `in_thread` leaves it."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        chat_template: str | None,
+        settings: ServerSettings,
+        model: str,
+    ):
+        self.client = client
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.settings = settings
+        self.model = settings.served_model_name or model
+        self.created = int(time.time())
+        self.draining = False
+        self.admitted = 0  # completions accepted and not yet answered
+        self.choices: set[Choice] = set()  # of these, the ones handed to the engine
+        self.metrics = Metrics(self)
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        """Run CPU-bound text work off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+
+    # Life
+
+    @contextlib.asynccontextmanager
+    async def running(self, start: Callable[[], Coroutine[Any, Any, object]]) -> AsyncIterator[None]:
+        """`start` the engine in the background (requests get 503 until it is ready); stop it at the end."""
+        starting = asyncio.create_task(start())
+        try:
+            yield
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await self.client.stop()
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new requests, let those in flight finish; after `timeout` seconds they end with "abort"."""
+        self.draining = True
+        deadline = time.monotonic() + timeout
+        while self.admitted and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        while self.admitted and time.monotonic() < deadline:
+            for choice in list(self.choices):
+                await choice.abort()
+            await asyncio.sleep(0.02)
+
+    # State
+
+    def check_ready(self) -> EngineInfo:
+        """-> what runs. Raises ApiError 503 with the reason while loading, draining, restarting or dead."""
+        ok, reason = self.client.health()
+        if self.draining:
+            raise ApiError(503, "the server is shutting down", code="draining", retry_after=5)
+        if not ok or self.client.info is None:
+            raise ApiError(503, reason, code=self.client.state, retry_after=2)
+        return self.client.info
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model:
+            raise ApiError(
+                404, f"the model {name[:200]!r} does not exist here; this server serves {self.model!r}",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+
+    @property
+    def waiting(self) -> int:
+        """Completions in the queue. The engine's own count is as old as its last step, hence the upper bound."""
+        unstarted = self.admitted - sum(choice.started is not None for choice in self.choices)
+        return min(max(self.admitted - self.settings.engine.max_num_seqs, self.client.stats.waiting), unstarted)
+
+    @contextlib.contextmanager
+    def admit(self, count: int) -> Iterator[None]:
+        """Hold `count` places, in the batch or in the queue. Raises ApiError 429 when they are not free."""
+        capacity = self.settings.engine.max_num_seqs + self.settings.max_queue
+        if count > capacity:
+            raise RequestError(f"this request asks for {count} completions; this server holds at most {capacity}", "n")
+        waiting = self.waiting
+        if self.admitted + count > capacity or (waiting and waiting + count > self.settings.max_queue):
+            self.metrics.refused.inc()
+            raise ApiError(
+                429, f"the queue is full ({waiting} completions wait); try again shortly",
+                code="queue_full", retry_after=1,
+            )  # fmt: skip
+        self.admitted += count
+        try:
+            yield
+        finally:
+            self.admitted -= count
+
+    # Text
+
+    async def encode(self, body: GenerationBody) -> list[list[int]]:
+        """-> one list of token ids per prompt."""
+        if isinstance(body, ChatCompletionRequest):
+            return [await self.encode_messages(body.messages)]
+        assert isinstance(body, CompletionRequest)
+        prompts = []
+        for prompt in body.prompt:
+            if isinstance(prompt, str):
+                ids = await self.in_thread(functools.partial(self.tokenizer.encode, prompt, body.add_special_tokens))
+                if not ids:
+                    raise RequestError("prompt: a prompt must have at least one token", "prompt")
+            else:
+                ids = prompt
+                self.check_ids(ids, "prompt")
+            prompts.append(ids)
+        return prompts
+
+    def check_ids(self, ids: list[int], param: str) -> None:
+        size = self.tokenizer.vocab_size
+        if ids and max(ids) >= size:
+            raise RequestError(f"{param}: token id {max(ids)} is outside the vocabulary (0 to {size - 1})", param)
+
+    async def encode_messages(
+        self, messages: list[Message], add_generation_prompt: bool = True, add_special_tokens: bool = False
+    ) -> list[int]:
+        """Renders the chat template (which writes its own special tokens) and encodes the result."""
+        template = self.chat_template
+        if template is None:
+            raise RequestError("this model has no chat template; use /v1/completions", "messages")
+        plain = [message.plain() for message in messages]
+
+        def render() -> list[int]:
+            text = render_chat(template, plain, self.tokenizer, add_generation_prompt=add_generation_prompt)
+            return self.tokenizer.encode(text, add_special_tokens)
+
+        return await self.in_thread(render)
+
+    def max_tokens(self, body: GenerationBody, prompt_len: int, info: EngineInfo) -> int:
+        """How many tokens may follow the prompt. Raises RequestError context_length_exceeded."""
+        room = info.max_model_len - prompt_len
+        limit = body.limit()
+        if limit is None:
+            wanted = body.max_tokens if isinstance(body, CompletionRequest) else max(room, 1)
+            wanted = min(wanted, max(room, 1))
+        else:
+            wanted = limit
+        if wanted > room:
+            name = "prompt" if isinstance(body, CompletionRequest) else "messages"
+            raise RequestError(
+                f"this model's context is {info.max_model_len} tokens, and this request needs {prompt_len + wanted} "
+                f"({prompt_len} in the {name}, {wanted} for the completion); shorten one of them",
+                name,
+                "context_length_exceeded",
+            )
+        return wanted

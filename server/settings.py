@@ -1,0 +1,20 @@
+"""How the HTTP server runs; the options of `fen serve` carry the same names. Imports no torch."""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine.messages import EngineOptions
+
+MAX_BODY_BYTES = 8 * 2**20
+KEEP_ALIVE_SECONDS = 15.0  # between comments on a silent event stream
+
+
+class ServerSettings(msgspec.Struct, kw_only=True):
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: str | None = None  # default: the checkpoint's own name
+    max_queue: int = 256  # completions that may wait for a place in the batch before 429
+    drain_timeout: float = 30.0  # seconds that requests in flight get after SIGTERM
+    cors_origins: list[str] = []  # empty: no CORS headers
+    engine: EngineOptions = msgspec.field(default_factory=EngineOptions)

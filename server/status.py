@@ -1,0 +1,94 @@
+"""GET routes: what is served, how it is doing. HEAD works on each (server.middleware)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from server.errors import ApiError
+from server.service import Service
+
+router = APIRouter()
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("fen-engine")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return "0+source"
+
+
+def card(service: Service) -> dict[str, Any]:
+    info = service.client.info
+    return {
+        "id": service.model,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "fen",
+        "root": service.model,
+        "parent": None,
+        "max_model_len": info.max_model_len if info else None,
+    }
+
+
+@router.get("/v1/models")
+@router.get("/models", include_in_schema=False)
+async def list_models(request: Request) -> dict[str, Any]:
+    return {"object": "list", "data": [card(request.app.state.service)]}
+
+
+@router.get("/v1/models/{model:path}")
+@router.get("/models/{model:path}", include_in_schema=False)
+async def retrieve_model(model: str, request: Request) -> dict[str, Any]:
+    service: Service = request.app.state.service
+    service.check_model(model)
+    return card(service)
+
+
+@router.get("/health")
+async def health(request: Request) -> dict[str, str]:
+    """200 while the engine's heartbeat says that it can answer; 503 with the reason otherwise."""
+    request.app.state.service.check_ready()
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(request: Request) -> dict[str, str]:
+    """For load balancers: 503 while loading, restarting or draining."""
+    request.app.state.service.check_ready()
+    return {"status": "ready"}
+
+
+@router.get("/version")
+async def get_version() -> dict[str, str]:
+    return {"version": version()}
+
+
+@router.get("/load")
+async def load(request: Request) -> dict[str, Any]:
+    service: Service = request.app.state.service
+    stats = service.client.stats
+    usage = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
+    return {
+        "server_load": service.admitted,
+        "running": stats.running,
+        "waiting": service.waiting,
+        "kv_cache_usage": usage,
+        "kv_blocks_used": stats.blocks_used,
+        "kv_blocks_total": stats.blocks_total,
+    }
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    return Response(request.app.state.service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.api_route("/v1/embeddings", methods=["POST", "GET"], include_in_schema=False)
+@router.api_route("/embeddings", methods=["POST", "GET"], include_in_schema=False)
+async def embeddings() -> None:
+    raise ApiError(404, "embeddings are not served by this model")  # a 4xx: clients retry every 5xx
