@@ -28,6 +28,9 @@ import triton.language as tl
 from kernels.gpu.tiles import Gpu, current_gpu, tuned
 from kernels.gpu.w4_layout import W4
 
+CROSSOVER = (
+    800  # rows above which dequantising once and calling torch.mm is expected to be faster; not yet measured by us
+)
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -206,36 +209,30 @@ def bucket(m: int) -> int:
 def config(m: int, n: int, k: int, group: int, x_dtype: torch.dtype, gpu: Gpu) -> Tile | None:
     """The tile for x [m, k] and a weight [n, k]; None: above the cross-over, dequantise and use torch.mm.
 
-    Depends on m through `bucket(m)` alone, below the cross-over: a batch that grows within a bucket compiles nothing.
+    Within a bucket only `split` may depend on m, which is a run-time argument: a batch that grows there compiles
+    nothing.
     """
-    if m > crossover(n, k):
+    if m > CROSSOVER:
         return None
     rows = bucket(m)
-    hopper = gpu.capability // 10 == 9
     large = n * k >= 4 << 20
-    if rows <= 64:
+    if rows <= 32 or (rows == 64 and gpu.capability // 10 == 9):
         block_m, block_n, block_k, warps, stages = rows, 128 if large else 64, 128 if large else 64, 4, 4
-    elif hopper and large:
+    elif gpu.capability // 10 == 9 and large:
         block_m, block_n, block_k, warps, stages = 128, 256 if rows > 128 else 128, 64, 8, 3
     else:
-        block_m, block_n, block_k, warps, stages = 64, 128 if large else 64, 64, 4, 3
+        block_m, block_n, block_k, warps, stages = 64, 128, 64, 4, 3
     if k % block_k or (block_k % group and group % block_k):
         block_k = 64
-    tiles = -(-m // block_m) * -(-n // block_n) if rows > 128 else -(-rows // block_m) * -(-n // block_n)
+    tiles = -(-max(m, rows) // block_m) * -(-n // block_n)
     steps = k // block_k
-    split = 1
-    if tiles < gpu.multiprocessors:  # two or three programs on every multiprocessor
-        split = min(steps, -(-2 * gpu.multiprocessors // tiles), 16)
-        split = -(-steps // -(-steps // split))  # no program without work
+    programs = (2 if warps == 4 else 1) * gpu.multiprocessors  # that run at a time, at least
+    split = min(steps, -(-programs // tiles), 16)
+    split = -(-steps // -(-steps // split))  # no program without work
     tile = Tile(block_m, block_n, block_k, split, warps, stages)
     while shared_memory(tile, group) > gpu.shared_memory - 2048:
         tile = dataclasses.replace(tile, num_stages=tile.num_stages - 1)
     return tuned(gpu, "w4a16", f"m{rows} n{n} k{k} g{group} {str(x_dtype).removeprefix('torch.')}", tile)
-
-
-def crossover(n: int, k: int) -> int:
-    """Rows above which dequantising the weight once and calling torch.mm is faster."""
-    return 800
 
 
 class Workspace:
@@ -245,9 +242,9 @@ class Workspace:
     """
 
     def __init__(self, gpu: Gpu, device: torch.device | str) -> None:
-        # A split product has at most 3 programs a multiprocessor and tiles of at most 128 x 128.
-        self.partials = torch.empty(3 * gpu.multiprocessors * 128 * 128, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(gpu.multiprocessors, dtype=torch.int32, device=device)
+        # config splits fewer than 2 tiles a multiprocessor, into fewer than 4 programs of 64 x 128 or 2 of 128 x 256.
+        self.partials = torch.empty(gpu.multiprocessors * 65536, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(2 * gpu.multiprocessors, dtype=torch.int32, device=device)
 
 
 def w4a16(

@@ -222,7 +222,7 @@ def test_dequantise_and_large_m(zero_point: bool, dtype: torch.dtype, monkeypatc
     assert torch.equal(dense[:80], oracle.as_fp16(w, weight.alpha).to(dtype)) and dense[80].isnan().all()
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     out = torch.full((5, 80), float("nan"), dtype=dtype)
-    monkeypatch.setattr(linear_w4, "crossover", lambda n, k: 4)
+    monkeypatch.setattr(linear_w4, "CROSSOVER", 4)
     linear_w4.config.cache_clear()
     linear_w4.matmul_w4(x, weight, out, linear_w4.Workspace(H100, "cpu"), torch.empty(80 * 128, dtype=dtype))
     linear_w4.config.cache_clear()
