@@ -86,8 +86,8 @@ class EngineCore:
             id = chunk.sequence.id
             if id in result.errors:
                 self._fail(chunk.sequence, result.errors[id])
-            elif id in result.prompt_logprobs:
-                # After a preemption the first positions come a second time.
+            elif id in result.prompt_logprobs and id in self._prompt_logprobs:
+                # After a preemption positions come a second time.
                 known = self._prompt_logprobs[id]
                 known += result.prompt_logprobs[id][len(known) - chunk.start - 1 :]
         for sequence, token in self.scheduler.finish(schedule, result.tokens):

@@ -90,7 +90,7 @@ class BlockPool:
             self.num_free += 1
             if self._hashes[block] is not None:
                 self._link(block, before=self._lru)
-            elif self.contiguous and block and self._refs[block - 1]:
+            elif self.contiguous and block != blocks[0]:
                 self._link(block, before=self._empty)  # the inside of a sequence is a poor start for another one
             else:
                 self._link(block, before=self._next[self._empty])  # reused first, while the device's own caches know it
@@ -129,7 +129,7 @@ class BlockPool:
 
 
 def _spread(count: int) -> list[int]:
-    """0 .. count - 1 in bit-reversed order (van der Corput): whatever is taken first lies far apart."""
-    bits = max(count - 1, 0).bit_length()
-    order = (int(format(i, f"0{bits}b")[::-1], 2) if bits else 0 for i in range(1 << bits))
-    return [block for block in order if block < count]
+    """0 .. count - 1 in van der Corput's order, halving the gaps: however many are taken, they lie far apart."""
+    bits = count.bit_length()
+    reversed_bits = (int(format(i, f"0{bits}b")[::-1], 2) for i in range(1 << bits))
+    return list(dict.fromkeys(i * count >> bits for i in reversed_bits))
