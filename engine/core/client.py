@@ -1,0 +1,359 @@
+"""The front end's side of the engine process: starts it, feeds it, watches it, replaces it. Imports no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from engine.errors import EngineDeadError, RequestError
+from engine.messages import (
+    Add,
+    Cancel,
+    EngineInfo,
+    EngineOptions,
+    EngineStats,
+    Failed,
+    FromEngine,
+    Heartbeat,
+    Loading,
+    Output,
+    Outputs,
+    Ready,
+    Refused,
+    Request,
+    Shutdown,
+    ToEngine,
+    decode_from_engine,
+    encode,
+)
+
+MAX_FAILURES = 3  # starts in a row that served nothing, after which the engine is given up
+PROVEN_SECONDS = 60.0  # an engine that lived this long, or answered a request, did not fail to start
+SILENCE_SECONDS = 10.0  # without a heartbeat for this long the engine is not healthy
+COUNTERS = ("prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "steps")
+
+OnLoading = Callable[[str, float], None]
+
+
+def engine_environment(options: EngineOptions) -> dict[str, str]:
+    """Variables that must be set before the engine process starts, because libraries read them at import.
+
+    OpenMP threads spin after a parallel region, because the next one usually follows at once; bounded here to about a
+    millisecond whatever OMP_WAIT_POLICY says, so that an idle engine costs nothing.
+    """
+    environment = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "1"}
+    if options.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(options.threads)
+    return environment
+
+
+class _Process:
+    """One engine process and its two sockets, in a private directory: nothing of it survives into the next one."""
+
+    def __init__(self, command: Sequence[str], options: EngineOptions, environment: Mapping[str, str]):
+        self.command, self.options, self.environment = command, options, environment
+        temporary = tempfile.gettempdir()
+        if len(temporary) > 60:  # the path of a socket is limited to 107 bytes, 103 on macOS
+            temporary = "/tmp"
+        self.directory = tempfile.mkdtemp(prefix="fen-", dir=temporary)
+        self.context = zmq.asyncio.Context()
+        self.inbox = self.context.socket(zmq.PULL)
+        self.outbox = zmq.Context(self.context).socket(zmq.PUSH)  # sending never waits, so it need not be awaited
+        self.inbox.set_hwm(0)
+        self.outbox.set_hwm(0)
+        self.inbox.bind(f"ipc://{self.directory}/from_engine")
+        self.outbox.connect(f"ipc://{self.directory}/to_engine")  # who connects may send before the other side is there
+        self.child: asyncio.subprocess.Process | None = None
+        self.started = time.monotonic()
+        self.heard = self.started  # when the last message came
+        self.step_seconds = 0.0  # as of then
+        self.ready = False
+        self.proven = False  # it finished a request
+        self.failure: str | None = None  # its own last words, or why it was killed
+
+    async def spawn(self) -> None:
+        Path(self.directory, "options").write_bytes(encode(self.options))
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # the child imports what this process would
+        self.child = await asyncio.create_subprocess_exec(
+            *self.command,
+            self.directory,
+            stdin=asyncio.subprocess.PIPE,  # held open, never written: tells the child that this process lives
+            stdout=2,  # standard output belongs to the front end
+            env={**os.environ, "PYTHONPATH": path, **self.environment},
+            start_new_session=True,  # Ctrl-C in the terminal does not reach it
+        )
+
+    def send(self, message: ToEngine) -> None:
+        with contextlib.suppress(zmq.ZMQError):  # closed: the process ended, the supervisor fails its requests
+            self.outbox.send(encode(message), zmq.NOBLOCK)
+
+    def stalled_seconds(self) -> float:
+        """How long the step under way has been running, or the process has been silent."""
+        silent = time.monotonic() - self.heard
+        return self.step_seconds + silent if self.step_seconds else silent
+
+    def kill(self, why: str) -> None:
+        if self.child is not None and self.child.returncode is None:
+            self.failure = self.failure or why
+            self.child.kill()
+
+    async def close(self) -> None:
+        try:
+            self.outbox.close(linger=0)
+            self.context.destroy(linger=0)
+            if self.child is not None:
+                self.kill("the engine was stopped")
+                await self.child.wait()
+        finally:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def last_words(self) -> str:
+        if self.failure:
+            return self.failure
+        code = self.child.returncode if self.child is not None else None
+        if code is not None and code < 0:
+            hint = " (did the system run out of memory? a smaller KV pool may help)" if code == -signal.SIGKILL else ""
+            return f"the engine process was killed by {signal.Signals(-code).name}{hint}"
+        return f"the engine process ended with exit code {code}"
+
+
+class EngineClient:
+    """An engine in a process of its own, for asyncio. `info` is set once it is ready, `stats` is at most a second old.
+
+    state: "loading" | "ready" | "restarting" | "draining" | "dead"; `reason` says why it is not "ready".
+    step_limit: seconds after which a step, or a process that says nothing, counts as hung, and the process is replaced.
+    environment: added to the child's; see engine_environment.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        *,
+        environment: Mapping[str, str] | None = None,
+        step_limit: float = 120.0,
+        grace: float = 5.0,
+        command: Sequence[str] = (sys.executable, "-P", "-m", "engine.core.process"),
+    ):
+        self.options = options
+        self.info: EngineInfo | None = None
+        self.state = "loading"
+        self.reason = "the engine is starting"
+        self.restarts = 0
+        self._environment = {**engine_environment(options), **(environment or {})}
+        self._command = command
+        self._step_limit = step_limit
+        self._grace = grace
+        self._process: _Process | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._started: asyncio.Future[EngineInfo] | None = None
+        self._on_loading: OnLoading | None = None
+        self._queues: dict[str, asyncio.Queue[Output | Exception]] = {}
+        self._stats = EngineStats()
+        self._past = EngineStats()  # totals of the processes that ended
+
+    async def start(self, on_loading: OnLoading | None = None) -> EngineInfo:
+        """Returns when the engine is ready; `on_loading(stage, fraction)` follows it. Raises EngineDeadError."""
+        assert self._supervisor is None, "started twice"
+        self._on_loading = on_loading
+        self._started = asyncio.get_running_loop().create_future()
+        self._supervisor = asyncio.create_task(self._supervise())
+        either: set[asyncio.Future[Any]] = {self._started, self._supervisor}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not self._started.done():  # stop() was called meanwhile
+            raise EngineDeadError(self.reason)
+        return self._started.result()
+
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        """The request's outputs; the last one has a finish_reason. Leaving early cancels the request in the engine.
+
+        An id serves one request only: outputs of a cancelled one may still be on their way when its iterator is left.
+        Raises RequestError when the engine refuses the request, EngineDeadError when it is not ready or ends meanwhile.
+        """
+        if self.state != "ready" or self._process is None:
+            raise EngineDeadError(self.reason)
+        if request.id in self._queues:
+            raise RequestError(f"a request with the id {request.id!r} is in flight already", param="request_id")
+        queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
+        self._queues[request.id] = queue
+        process = self._process
+        process.send(Add(request))
+        try:
+            while True:
+                output = await queue.get()
+                if isinstance(output, Exception):
+                    raise output
+                if output.finish_reason is not None:
+                    self._queues.pop(request.id, None)  # before the yield: the consumer may never come back
+                    yield output
+                    return
+                yield output
+        finally:
+            if self._queues.get(request.id) is queue:
+                del self._queues[request.id]
+                process.send(Cancel([request.id]))
+
+    async def cancel(self, id: str) -> None:
+        """Ends a request in flight: its generate() yields a last output with finish_reason "abort"."""
+        queue = self._queues.pop(id, None)
+        if queue is not None and self._process is not None:
+            self._process.send(Cancel([id]))
+            queue.put_nowait(Output(id=id, finish_reason="abort"))
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._queues)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The latest snapshot. Totals include the processes that ended, so they never fall."""
+        return _add_totals(self._stats, self._past)
+
+    def health(self) -> tuple[bool, str]:
+        """(can serve now, why not)"""
+        if self.state != "ready" or self._process is None:
+            return False, self.reason
+        silent = time.monotonic() - self._process.heard
+        if silent > SILENCE_SECONDS:
+            return False, f"the engine has not been heard from for {silent:.0f} s"
+        return True, ""
+
+    async def drain(self, timeout: float) -> bool:
+        """Takes no more requests and waits for those in flight; False if some are left after `timeout` seconds."""
+        self.state, self.reason = "draining", "the server is shutting down"
+        deadline = time.monotonic() + timeout
+        while self._queues and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        return not self._queues
+
+    async def stop(self) -> None:
+        """Ends the engine process; requests in flight get EngineDeadError."""
+        was_ready = self._process is not None and self._process.ready
+        self.state, self.reason = "draining", "the server is shutting down"
+        self._fail_requests(self.reason)
+        if self._supervisor is not None:
+            if was_ready and self._process is not None:
+                self._process.send(Shutdown())
+                await asyncio.wait({self._supervisor}, timeout=self._grace)
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+        self.state = "dead"
+
+    # Supervision.
+
+    async def _supervise(self) -> None:
+        assert self._started is not None
+        failures = 0
+        while True:
+            process = _Process(self._command, self.options, self._environment)
+            try:
+                await self._watch(process)
+            except OSError as error:
+                process.failure = f"the engine process cannot be started: {error}"
+            finally:
+                self._process = None
+                await process.close()
+            reason = process.last_words()
+            self._fail_requests(f"{reason}; the request was not finished")
+            self._past = _add_totals(self._stats, self._past)
+            self._stats = EngineStats()
+            if self.state == "draining":
+                return
+            failures = 1 if process.proven or time.monotonic() - process.started > PROVEN_SECONDS else failures + 1
+            if not self._started.done():
+                self.state, self.reason = "dead", reason
+                self._started.set_exception(EngineDeadError(reason))
+                return
+            if failures == MAX_FAILURES:
+                self.state = "dead"
+                self.reason = f"{reason}; it failed {failures} times in a row and is not restarted again"
+                return
+            self.state, self.reason = "restarting", f"{reason}; it is being restarted"
+            self.restarts += 1
+            await asyncio.sleep(0.5 * 2 ** (failures - 1))
+
+    async def _watch(self, process: _Process) -> None:
+        """Serves one process from start to end."""
+        await process.spawn()
+        assert process.child is not None
+        self._process = process
+        exited = asyncio.create_task(process.child.wait())
+        receiver = asyncio.create_task(self._receive(process))
+        try:
+            while not exited.done():
+                await asyncio.wait({exited, receiver}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+                if receiver.done() and not exited.done():
+                    process.kill(f"a message of the engine process cannot be read ({receiver.exception()})")
+                elif process.ready and process.stalled_seconds() > self._step_limit:
+                    process.kill(f"a step of the engine took longer than {self._step_limit:g} s and was ended")
+                    await exited
+            await asyncio.wait({receiver}, timeout=0.2)  # what it sent before it ended
+        finally:
+            exited.cancel()
+            receiver.cancel()
+
+    async def _receive(self, process: _Process) -> None:
+        while True:
+            message: FromEngine = decode_from_engine(await process.inbox.recv())
+            process.heard = time.monotonic()
+            process.step_seconds = 0.0
+            match message:
+                case Outputs(outputs, stats):
+                    self._stats = stats
+                    for output in outputs:
+                        if output.finish_reason is not None:
+                            process.proven = True
+                        self._deliver(output.id, output)
+                case Heartbeat(state=state, step_seconds=seconds, stats=stats):
+                    process.step_seconds = seconds
+                    if state != "loading" and stats.steps >= self._stats.steps:  # else an Outputs has overtaken it
+                        self._stats = stats
+                case Refused(id, text, param, code):
+                    self._deliver(id, RequestError(text, param=param, code=code))
+                case Loading(stage, fraction):
+                    self._loading(stage, fraction)
+                case Ready(info):
+                    process.ready = True
+                    self.info = info
+                    if self.state != "draining":
+                        self.state, self.reason = "ready", ""
+                    if self._started is not None and not self._started.done():
+                        self._started.set_result(info)
+                case Failed(text):
+                    process.failure = text
+
+    def _loading(self, stage: str, fraction: float) -> None:
+        if self.state == "loading":
+            self.reason = f"the engine is loading ({stage}, {fraction:.0%})"
+            if self._on_loading is not None:
+                self._on_loading(stage, fraction)
+
+    def _deliver(self, id: str, item: Output | Exception) -> None:
+        queue = self._queues.get(id)
+        if queue is not None:  # else: cancelled while its last output was on the way
+            queue.put_nowait(item)
+
+    def _fail_requests(self, sentence: str) -> None:
+        queues, self._queues = self._queues, {}
+        for queue in queues.values():
+            queue.put_nowait(EngineDeadError(sentence))
+
+
+def _add_totals(stats: EngineStats, past: EngineStats) -> EngineStats:
+    totals = {name: getattr(stats, name) + getattr(past, name) for name in COUNTERS}
+    seconds = dict(past.ledger_seconds)
+    for name, value in stats.ledger_seconds.items():
+        seconds[name] = seconds.get(name, 0.0) + value
+    return msgspec.structs.replace(stats, ledger_seconds=seconds, **totals)

@@ -1,0 +1,161 @@
+"""The engine process: builds the engine, then loops over receive, step, send.
+
+Started by engine.core.client as `python -m engine.core.process DIRECTORY`. DIRECTORY is private to the pair and holds
+`options` (an EngineOptions) and two sockets: `to_engine` (ToEngine messages) and `from_engine` (FromEngine messages).
+Standard input is a pipe that nobody writes to: its end means that the front end is gone, and this process ends too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from engine.errors import FenError, RequestError
+from engine.messages import (
+    Add,
+    Cancel,
+    EngineInfo,
+    EngineOptions,
+    EngineStats,
+    Failed,
+    Heartbeat,
+    Loading,
+    Output,
+    Outputs,
+    Ready,
+    Refused,
+    Request,
+    Shutdown,
+    decode_to_engine,
+    encode,
+)
+
+HEARTBEAT_SECONDS = 1.0
+FLUSH_MILLISECONDS = 2000  # how long the last message may take to leave
+
+
+class Core(Protocol):
+    """What the loop needs of engine.core.loop.EngineCore."""
+
+    @property
+    def has_work(self) -> bool: ...
+    def add(self, request: Request) -> object: ...
+    def cancel(self, ids: list[str]) -> object: ...
+    def step(self) -> list[Output]: ...
+    def stats(self) -> EngineStats: ...
+
+
+Progress = Callable[[str, float], None]
+Build = Callable[[EngineOptions, Progress], tuple[Core, EngineInfo]]
+
+
+class Status:
+    """Where the loop is. Written by the loop, read by the heartbeat thread; single attribute writes need no lock."""
+
+    def __init__(self) -> None:
+        self.stats = EngineStats()
+        self.loading = True
+        self.step_started: float | None = None
+
+    def heartbeat(self) -> Heartbeat:
+        started = self.step_started
+        if self.loading:
+            return Heartbeat(state="loading")
+        if started is None:
+            return Heartbeat(state="idle", stats=self.stats)
+        return Heartbeat(state="busy", step_seconds=time.monotonic() - started, stats=self.stats)
+
+
+def beat(directory: str, status: Status) -> None:
+    """Heartbeats until the front end is gone, then ends the process. In a thread, so that a step that hangs is seen."""
+    socket = zmq.Context().socket(zmq.PUSH)  # a socket belongs to one thread, and this context is never waited for
+    socket.set_hwm(2)
+    socket.connect(f"ipc://{directory}/from_engine")
+    while True:
+        front_end_gone, _, _ = select.select([sys.stdin.fileno()], [], [], HEARTBEAT_SECONDS)
+        if front_end_gone:
+            shutil.rmtree(directory, ignore_errors=True)
+            os._exit(1)
+        with contextlib.suppress(zmq.Again):  # the front end is not reading at the moment
+            socket.send(encode(status.heartbeat()), zmq.NOBLOCK)
+
+
+def serve(core: Core, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes], status: Status) -> None:
+    """Runs until a Shutdown arrives. With nothing to do it sleeps in poll, at no cost."""
+    while True:
+        if not core.has_work:
+            inbox.poll()
+        while inbox.poll(0):
+            message = decode_to_engine(inbox.recv())
+            if isinstance(message, Add):
+                try:
+                    core.add(message.request)
+                except RequestError as error:
+                    outbox.send(encode(Refused(message.request.id, str(error), error.param, error.code)))
+            elif isinstance(message, Cancel):
+                core.cancel(message.ids)
+            elif isinstance(message, Shutdown):
+                return
+        status.step_started = time.monotonic()
+        outputs = core.step() if core.has_work else []
+        status.step_started = None
+        status.stats = core.stats()
+        if outputs or not core.has_work:
+            outbox.send(encode(Outputs(outputs, status.stats)))
+
+
+def run(directory: str, build: Build) -> int:
+    """The process from start to end; returns the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front end, which drains first
+    options = msgspec.msgpack.decode(Path(directory, "options").read_bytes(), type=EngineOptions)
+    status = Status()
+    threading.Thread(target=beat, args=(directory, status), daemon=True).start()
+    context = zmq.Context()
+    outbox, inbox = context.socket(zmq.PUSH), context.socket(zmq.PULL)
+    outbox.set_hwm(0)  # the loop never waits for the front end
+    inbox.set_hwm(0)
+    outbox.connect(f"ipc://{directory}/from_engine")
+    inbox.bind(f"ipc://{directory}/to_engine")
+    code = 0
+    try:
+        core, info = build(options, lambda stage, fraction: outbox.send(encode(Loading(stage, fraction))))
+        status.loading = False
+        outbox.send(encode(Ready(info)))
+        serve(core, inbox, outbox, status)
+    except FenError as error:
+        outbox.send(encode(Failed(str(error))))
+        code = 1
+    except Exception as error:
+        traceback.print_exc()  # for the log; the user gets the sentence
+        detail = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        outbox.send(encode(Failed(f"the engine stopped on an internal error ({detail})")))
+        code = 1
+    context.destroy(linger=FLUSH_MILLISECONDS)
+    return code
+
+
+def _build(options: EngineOptions, progress: Progress) -> tuple[Core, EngineInfo]:
+    progress("libraries", 0.0)
+    from engine.core.build import build_core  # imports torch: after the first heartbeat
+
+    core, info, _ = build_core(options, progress)
+    return core, info
+
+
+if __name__ == "__main__":
+    exit_code = run(sys.argv[1], _build)
+    sys.stderr.flush()
+    os._exit(exit_code)  # no interpreter teardown: the heartbeat thread is still in its socket
