@@ -1,0 +1,33 @@
+"""A live server with SmolLM2 in float32, shared by all tests of this folder, and servers of a test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.server.live import LiveServer, settings
+
+
+@pytest.fixture(scope="session")
+def server(smollm2: Any) -> Iterator[LiveServer]:
+    live = LiveServer(settings(str(smollm2.path)))
+    yield live
+    assert live.stop() == 0
+
+
+@pytest.fixture
+def launch(smollm2: Any) -> Iterator[Callable[..., LiveServer]]:
+    """Start a server of one's own: launch(engine={...}, wait=True, **ServerSettings fields)."""
+    started: list[LiveServer] = []
+
+    def start(engine: dict[str, Any] | None = None, wait: bool = True, **server: Any) -> LiveServer:
+        started.append(LiveServer(settings(str(smollm2.path), engine, **server), wait))
+        return started[-1]
+
+    yield start
+    for live in started:
+        if live.process.poll() is None:
+            live.process.kill()
+            live.process.wait()

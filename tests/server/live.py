@@ -1,0 +1,128 @@
+"""A server process started the way `fen serve` starts it, and what tests ask of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import msgspec
+import psutil
+
+from engine.messages import EngineOptions
+from server.settings import ServerSettings
+
+LAUNCH = """
+import sys, msgspec
+from server.run import serve
+from server.settings import ServerSettings
+serve(msgspec.json.decode(sys.argv[1], type=ServerSettings))
+"""
+READY_SECONDS = 120
+
+
+class LiveServer:
+    """A server process; `http` is a client for it."""
+
+    def __init__(self, settings: ServerSettings, wait: bool = True):
+        self.settings = settings
+        self.url = f"http://127.0.0.1:{settings.port}"
+        environment = os.environ | {"OMP_NUM_THREADS": "2"}
+        command = [sys.executable, "-c", LAUNCH, msgspec.json.encode(settings).decode()]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + READY_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                if self.http.get("/ready").status_code == 200:
+                    return
+            assert self.process.poll() is None, self.process.stderr and self.process.stderr.read()
+            time.sleep(0.05)
+        raise AssertionError("the server did not become ready")
+
+    def engine_pid(self) -> int:
+        (child,) = psutil.Process(self.process.pid).children()
+        return child.pid
+
+    def load(self) -> dict[str, Any]:
+        return self.http.get("/load").json()
+
+    def wait_idle(self, seconds: float = 10.0) -> None:
+        """Until nothing is in flight and every block is free."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            load = self.load()
+            if load["server_load"] == load["running"] == load["waiting"] == load["kv_blocks_used"] == 0:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"still busy after {seconds} s: {load}")
+
+    def metric(self, name: str) -> float:
+        """Sum over the label sets of one sample name."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+
+    def complete(self, prompt: Any = "The capital of France is", **fields: Any) -> httpx.Response:
+        return self.http.post("/v1/completions", json={"prompt": prompt, "temperature": 0, **fields})
+
+    def chat(self, text: str = "What is the capital of France?", **fields: Any) -> httpx.Response:
+        messages = [{"role": "user", "content": text}]
+        return self.http.post("/v1/chat/completions", json={"messages": messages, "temperature": 0, **fields})
+
+    def stream(self, path: str, **body: Any) -> Iterator[dict[str, Any]]:
+        """The events of a streamed reply; checks the framing and the end."""
+        with self.http.stream("POST", path, json={"temperature": 0, "stream": True, **body}) as response:
+            assert response.status_code == 200, response.read()
+            assert response.headers["content-type"].startswith("text/event-stream")
+            yield from events(response.iter_text())
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            code = self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        finally:
+            self.http.close()
+        return code
+
+
+def events(pieces: Iterator[str]) -> Iterator[dict[str, Any]]:
+    done, buffer = False, ""
+    for piece in pieces:
+        buffer += piece
+        while "\n\n" in buffer:
+            event, buffer = buffer.split("\n\n", 1)
+            if event.startswith(":"):
+                continue
+            assert event.startswith("data: ") and not done, event
+            if event == "data: [DONE]":
+                done = True
+            else:
+                yield json.loads(event.removeprefix("data: "))
+    assert done and not buffer, "the stream ended without data: [DONE]"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def settings(model: str, engine: dict[str, Any] | None = None, **server: Any) -> ServerSettings:
+    options = {"model": model, "dtype": "float32", "kv_cache_tokens": 8192, "max_model_len": 2048, **(engine or {})}
+    return ServerSettings(port=free_port(), served_model_name="smollm2", engine=EngineOptions(**options), **server)

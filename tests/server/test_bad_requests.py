@@ -1,0 +1,230 @@
+"""Bad input: each gets its status and `param`, a short message for a person, and the next request is answered."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from tests.server.live import LiveServer
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+def completion(param: str | None, status: int = 400, **fields: Any) -> Any:
+    body = {"prompt": "hi", "max_tokens": 1, **fields}
+    shown = json.dumps(fields)[:60]
+    return pytest.param("/v1/completions", body, status, param, id=f"completion {shown}")
+
+
+def chat(param: str | None, status: int = 400, **fields: Any) -> Any:
+    body = {"messages": HI, "max_tokens": 1, **fields}
+    shown = json.dumps(fields)[:60]
+    return pytest.param("/v1/chat/completions", body, status, param, id=f"chat {shown}")
+
+
+def content(value: Any) -> list[Any]:
+    return [{"role": "user", "content": value}]
+
+
+CASES = [
+    completion("model", 404, model="gpt-4"),
+    completion("model", model=3),
+    completion("prompt", prompt=None),
+    completion("prompt", prompt=""),
+    completion("prompt", prompt=[]),
+    completion("prompt", prompt=[""]),
+    completion("prompt", prompt=[[]]),
+    completion("prompt", prompt=7),
+    completion("prompt", prompt={"a": 1}),
+    completion("prompt", prompt=["a", [1], 2.5]),
+    completion("prompt", prompt=[True, False]),
+    completion("prompt", prompt=["x"] * 129),
+    completion("prompt", prompt=[49152]),
+    completion("prompt", prompt=[-1]),
+    completion("prompt", prompt=[10**30]),
+    completion("prompt", prompt="word " * 3000),
+    completion("prompt", prompt="hi", max_tokens=5000),
+    completion("max_tokens", max_tokens=0),
+    completion("max_tokens", max_tokens=-1),
+    completion("max_tokens", max_tokens="2"),
+    completion("max_tokens", max_tokens=1.0),
+    completion("max_tokens", max_tokens=True),
+    completion("temperature", temperature=-0.1),
+    completion("temperature", temperature=2.1),
+    completion("temperature", temperature=True),
+    completion("temperature", temperature="1"),
+    completion("top_p", top_p=0),
+    completion("top_p", top_p=1.01),
+    completion("top_k", top_k=-2),
+    completion("top_k", top_k=1.5),
+    completion("min_p", min_p=1.1),
+    completion("presence_penalty", presence_penalty=2.5),
+    completion("frequency_penalty", frequency_penalty=-2.5),
+    completion("repetition_penalty", repetition_penalty=0),
+    completion("min_tokens", min_tokens=2),
+    completion("min_tokens", min_tokens=-1),
+    completion("n", n=0),
+    completion("n", n=17),
+    completion("n", n="2"),
+    completion("best_of", best_of=2),
+    completion("stop", stop=["a"] * 5),
+    completion("stop", stop=""),
+    completion("stop", stop="x" * 257),
+    completion("stop", stop=[1]),
+    completion("stop_token_ids", stop_token_ids=list(range(65))),
+    completion("stop_token_ids", stop_token_ids=[49152]),
+    completion("stop_token_ids[0]", stop_token_ids=[-1]),
+    completion("seed", seed=2**63),
+    completion("seed", seed=1.5),
+    completion("logprobs", logprobs=21),
+    completion("logprobs", logprobs=True),
+    completion("logit_bias", logit_bias={"49152": 1}),
+    completion("logit_bias", logit_bias={"1": 101}),
+    completion("logit_bias", logit_bias={"one": 1}),
+    completion("logit_bias", logit_bias={"1": True}),
+    completion("logit_bias", logit_bias={str(i): 1 for i in range(1025)}),
+    completion("logit_bias", logit_bias=[1]),
+    completion("stream", stream="yes"),
+    completion("stream_options", stream_options={"include_usage": True}),
+    completion("stream_options.include_usage", stream=True, stream_options={"include_usage": 1}),
+    completion("echo", echo=1),
+    completion("cache_salt", cache_salt=""),
+    completion("request_id", request_id="a b"),
+    completion("priority", priority=0.5),
+    completion("suffix", suffix="tail"),
+    completion("use_beam_search", use_beam_search=True),
+    completion("prompt_logprobs", prompt_logprobs=1),
+    completion("allowed_token_ids", allowed_token_ids=[1]),
+    completion("bad_words", bad_words=["x"]),
+    completion("guided_json", guided_json={}),
+    completion("truncate_prompt_tokens", truncate_prompt_tokens=5),
+    chat("model", 404, model="gpt-4"),
+    chat("messages", messages=None),
+    chat("messages", messages=[]),
+    chat("messages", messages="hi"),
+    chat("messages[0]", messages=["hi"]),
+    chat("messages[0].role", messages=[{"role": "robot", "content": "hi"}]),
+    chat("messages[0].role", messages=[{"content": "hi"}]),
+    chat("messages[0].content", messages=[{"role": "user"}]),
+    chat("messages[0].content", messages=content(5)),
+    chat("messages[0].content", messages=content([])),
+    chat("messages[0].content", messages=content([{"type": "text"}])),
+    chat("messages[0].content", messages=content([{"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/"}}])),
+    chat("messages[0].content", messages=content([{"type": "input_audio", "input_audio": {}}])),
+    chat("messages", messages=content("word " * 3000)),
+    chat("messages", max_tokens=5000),
+    chat("max_tokens", max_tokens=0),
+    chat("max_completion_tokens", max_completion_tokens=0),
+    chat("logprobs", logprobs=1),
+    chat("top_logprobs", top_logprobs=2),
+    chat("top_logprobs", logprobs=True, top_logprobs=21),
+    chat("tools", tools=[{"type": "function", "function": {"name": "f"}}]),
+    chat("tool_choice", tool_choice="required"),
+    chat("response_format", response_format={"type": "json_object"}),
+    chat("structured_outputs", structured_outputs={"regex": "a"}),
+    chat("functions", functions=[{"name": "f"}]),
+    chat("echo", echo=True),
+    chat("modalities", modalities=["text", "audio"]),
+    chat("reasoning_effort", reasoning_effort="low"),
+    chat("chat_template", chat_template="{{ messages }}"),
+    chat("chat_template_kwargs", chat_template_kwargs={"enable_thinking": True}),
+    pytest.param("/tokenize", {}, 400, "prompt", id="tokenize nothing"),
+    pytest.param("/tokenize", {"prompt": "a", "messages": HI}, 400, "prompt", id="tokenize both"),
+    pytest.param("/tokenize", {"prompt": 5}, 400, "prompt", id="tokenize number"),
+    pytest.param("/detokenize", {"tokens": [49152]}, 400, "tokens", id="detokenize out of range"),
+    pytest.param("/detokenize", {"tokens": "a"}, 400, "tokens", id="detokenize text"),
+    pytest.param("/v1/embeddings", {"input": "a"}, 404, None, id="embeddings"),
+    pytest.param("/v1/nothing", {}, 404, None, id="no such route"),
+    pytest.param("/health", {}, 405, None, id="wrong method"),
+]
+
+
+def check_error(response: Any, status: int, param: str | None) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert len(response.content) < 2048
+    assert set(response.json()) == {"error"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    message = error["message"]
+    assert len(message) > 15 and not re.search(r"Traceback|\.py\b|/(home|root|tmp|usr|var)/", message), message
+    if param is not None:
+        assert param.split(".")[-1].split("[")[0] in message or param == "model" or error["code"], message
+    return error
+
+
+@pytest.mark.parametrize(("path", "body", "status", "param"), CASES)
+def test_refused(server: LiveServer, path: str, body: Any, status: int, param: str | None) -> None:
+    check_error(server.http.post(path, json=body), status, param)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b"", None),
+        (b"{", None),
+        (b"hello", None),
+        (b"[1]", None),
+        (b"null", None),
+        (b'{"prompt": "\xff"}', None),
+        (b"[" * 100_000, None),
+        (b'{"prompt": "hi", "temperature": NaN}', "temperature"),
+        (b'{"prompt": "hi", "top_p": Infinity}', "top_p"),
+        (b'{"prompt": "hi", "logit_bias": {"5": -Infinity}}', "logit_bias"),
+        (b'{"prompt": "hi", "temperature": 1e999}', "temperature"),
+        (b'{"prompt": "\\ud800"}', None),
+    ],
+)
+def test_body_is_not_usable_json(server: LiveServer, body: bytes, param: str | None) -> None:
+    response = server.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    check_error(response, 400, param)
+
+
+def test_still_answers_after_all_that(server: LiveServer) -> None:
+    assert server.complete(max_tokens=2).json()["choices"][0]["text"] == " Paris."
+    server.wait_idle()
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", None])
+def test_content_type(server: LiveServer, content_type: str | None) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    check_error(server.http.post("/v1/completions", content=b'{"prompt": "hi"}', headers=headers), 415, None)
+
+
+def test_body_over_8_mib(server: LiveServer) -> None:
+    body = b'{"prompt": "' + b"x" * (8 * 2**20) + b'"}'
+    headers = {"Content-Type": "application/json"}
+    check_error(server.http.post("/v1/completions", content=body, headers=headers), 413, None)
+    pieces = (body[i : i + 65536] for i in range(0, len(body), 65536))  # chunked: no length is announced
+    check_error(server.http.post("/v1/completions", content=pieces, headers=headers), 413, None)
+
+
+def test_context_length_names_both_numbers(server: LiveServer) -> None:
+    response = server.complete("word" + " word" * 2039, max_tokens=100, stream=True)
+    error = check_error(response, 400, "prompt")
+    assert error["code"] == "context_length_exceeded"
+    assert "2048" in error["message"] and str(2040 + 100) in error["message"], error
+
+
+def test_many_mistakes_give_a_short_answer(server: LiveServer) -> None:
+    response = server.complete([1], stop_token_ids=["x" * 1000] * 60, temperature=9)
+    error = check_error(response, 400, "temperature")
+    assert "51 more" in error["message"]
+
+
+def test_null_is_absent_and_neutral_values_pass(server: LiveServer) -> None:
+    fields = ["suffix", "stop", "seed", "logprobs", "logit_bias", "n", "best_of", "top_k", "tools", "stream_options"]
+    assert server.complete(max_tokens=1, **dict.fromkeys(fields)).status_code == 200
+    neutral = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"]}
+    response = server.chat(max_tokens=1, **neutral, top_k=-1, best_of=1, user="me", metadata={"a": "b"}, store=True)
+    assert response.status_code == 200, response.text
+    assert "x-ignored-params" not in response.headers
+
+
+def test_unknown_fields_are_named(server: LiveServer) -> None:
+    response = server.complete(max_tokens=1, zebra=1, apple=None, mango={"a": [1]})
+    assert response.status_code == 200
+    assert response.headers["x-ignored-params"] == "mango,zebra"

@@ -1,0 +1,95 @@
+"""The GET routes, tokenising, headers, and what the server process is made of."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.server.live import LiveServer
+
+
+def test_models(server: LiveServer) -> None:
+    listed = server.http.get("/v1/models").json()
+    assert listed["object"] == "list"
+    (card,) = listed["data"]
+    assert card["id"] == "smollm2" and card["max_model_len"] == 2048 and card["object"] == "model"
+    assert server.http.get("/v1/models/smollm2").json() == card
+    missing = server.http.get("/v1/models/org/other")
+    assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/load", "/metrics", "/v1/models", "/openapi.json"])
+def test_get_and_head(server: LiveServer, path: str) -> None:
+    assert server.http.get(path).status_code == 200
+    head = server.http.head(path)
+    assert head.status_code == 200 and head.content == b"" and int(head.headers["content-length"]) > 0
+
+
+def test_metrics_count_requests(server: LiveServer) -> None:
+    server.wait_idle()
+    names = {
+        "vllm:request_success_total": 2,
+        "vllm:prompt_tokens_total": 10,
+        "vllm:generation_tokens_total": 8,
+        "vllm:time_to_first_token_seconds_count": 2,
+        "vllm:inter_token_latency_seconds_count": 6,
+        "vllm:e2e_request_latency_seconds_count": 2,
+        "vllm:request_queue_time_seconds_count": 2,
+        "vllm:request_generation_tokens_sum": 8,
+        "vllm:num_requests_running": 0,
+        "vllm:num_requests_waiting": 0,
+        "vllm:kv_cache_usage_perc": 0,
+        "vllm:num_preemptions_total": 0,
+    }
+    before = {name: server.metric(name) for name in names}
+    for _ in range(2):
+        server.complete(max_tokens=4)
+    server.wait_idle()
+    assert {name: server.metric(name) - before[name] for name in names} == names
+    text = server.http.get("/metrics").text
+    assert 'vllm:request_success_total{finished_reason="length",model_name="smollm2"}' in text
+    assert 'vllm:time_to_first_token_seconds_bucket{le="0.001",model_name="smollm2"}' in text
+
+
+def test_tokenize_and_back(server: LiveServer) -> None:
+    text = "The 巴黎 🥖<|im_end|>"
+    reply = server.http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert reply["count"] == len(reply["tokens"]) == len(reply["token_strs"]) and reply["max_model_len"] == 2048
+    assert reply["token_strs"][0] == "The"
+    assert server.http.post("/detokenize", json={"tokens": reply["tokens"]}).json() == {"prompt": text}
+    messages = [{"role": "user", "content": "hi"}]
+    chat = server.http.post("/tokenize", json={"messages": messages}).json()
+    usage = server.chat("hi", max_tokens=1).json()["usage"]
+    assert chat["count"] == usage["prompt_tokens"]
+    shown = server.http.post("/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"]
+    assert shown.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(("given", "echoed"), [("abc-1", "abc-1"), ("a b\tc<x>", "abcx"), ("z" * 100, "z" * 64)])
+def test_request_id(server: LiveServer, given: str, echoed: str) -> None:
+    for path in ("/health", "/nothing"):
+        assert server.http.get(path, headers={"X-Request-Id": given}).headers["x-request-id"] == echoed
+    first, second = (server.http.get("/health").headers["x-request-id"] for _ in range(2))
+    assert first != second
+
+
+def test_openapi_describes_the_bodies(server: LiveServer) -> None:
+    spec = server.http.get("/openapi.json").json()
+    body = spec["components"]["schemas"]["CompletionRequest"]["properties"]
+    assert body["temperature"]["maximum"] == 2 and {"prompt", "stop", "logit_bias", "seed"} <= body.keys()
+    assert "/v1/chat/completions" in spec["paths"]
+
+
+def test_the_http_process_has_no_torch() -> None:
+    code = "import sys, server.run, server.app; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_http_process_is_small(server: LiveServer) -> None:
+    process = psutil.Process(server.process.pid)
+    assert not any("libtorch" in mapped.path for mapped in process.memory_maps())
+    private = process.memory_full_info().uss / 2**20
+    assert private < 200, f"{private:.0f} MiB"
