@@ -15,15 +15,21 @@ from engine.errors import CheckpointError
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CASELESS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
 _CASELESS += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+"
+_TEKKEN += r"|[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*"
+_TEKKEN += r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}")
 _LLAMA3, _QWEN2 = _CASELESS % r"\p{N}{1,3}", _CASELESS % r"\p{N}"
-_PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
+PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), (r"\p{N}", _GPT2)),
     **dict.fromkeys(("gpt-2", "phi-2"), (_GPT2,)),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), (_LLAMA3,)),
+    "tekken": (_TEKKEN,),
+    "deepseek-coder": _DEEPSEEK_CODER,
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), (_QWEN2,)),
 }
 # Those where a word that is in the vocabulary is taken as it is, not merged up from its bytes; they add BOS by default.
-_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3")
+_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 
@@ -38,11 +44,11 @@ def tokenizer_from_gguf(file: GgufFile, eos_ids: tuple[int, ...]) -> Tokenizer:
             raise CheckpointError(f"{where}: tokenizer.ggml.{name} must be there, as {kind.__name__}")
         return value
 
-    model, pre = key("model", str), key("pre", str, "default")
+    model, pre = key("model", str), key("pre", str)
     if model != "gpt2":
         raise CheckpointError(f"{where}: tokenizer.ggml.model is {model!r}; supported: 'gpt2' (byte-level BPE)")
-    if pre not in _PRE_TOKENIZERS:
-        supported = ", ".join(sorted(_PRE_TOKENIZERS))
+    if pre not in PRE_TOKENIZERS:
+        supported = ", ".join(sorted(PRE_TOKENIZERS))
         raise CheckpointError(f"{where}: tokenizer.ggml.pre is {pre!r}; supported: {supported}")
     # [EMPTY_7] is llama.cpp's name for an empty token.
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(key("tokens", list))]
@@ -60,7 +66,7 @@ def tokenizer_from_gguf(file: GgufFile, eos_ids: tuple[int, ...]) -> Tokenizer:
         merges.append((first, second))
     whole_words = pre in _WHOLE_WORDS_FIRST
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole_words))
-    splits = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in _PRE_TOKENIZERS[pre]]
+    splits = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in PRE_TOKENIZERS[pre]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     backend.decoder = decoders.ByteLevel()

@@ -1,0 +1,80 @@
+"""Writes data/llama_cpp_variants.json: llama.cpp's token ids for the other pre-tokenizers, on SmolLM2's vocabulary.
+
+    python -m bench.peers.install DIR
+    python -m tests.engine.checkpoint.llama_cpp_variants DIR
+
+Each variant is SmolLM2's metadata with another `tokenizer.ggml.pre`, a few more tokens and no tensors; the strings are
+those of data/llama_cpp_tokens.json, in its order.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFWriter
+
+from engine.checkpoint.gguf import read_gguf
+from engine.checkpoint.gguf_tokenizer import PRE_TOKENIZERS
+from engine.checkpoint.pull import pull
+
+DATA = Path(__file__).parent / "data" / "llama_cpp_variants.json"
+SCRIPT = Path(__file__).parents[3] / "bench" / "peers" / "llama_cpp_tokens.mjs"
+
+
+def variant(metadata: dict[str, Any], pre: str) -> dict[str, Any]:
+    """With numbers of several digits, and a word that no merges lead to: without them the variants could not differ."""
+    tokens = ["20", "12", "123", "1234", "34", "22", "201", "2018", "\u0120PascalCaseWord", "\u0120camelCase"]
+    merges = ["1 2", "12 3", "123 4", "3 4", "2 2", "2 0", "20 1", "201 8", "\u0120camel Case"]
+    kinds = metadata["tokenizer.ggml.token_type"]
+    return metadata | {
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": metadata["tokenizer.ggml.tokens"] + tokens,
+        "tokenizer.ggml.merges": metadata["tokenizer.ggml.merges"] + merges,
+        "tokenizer.ggml.token_type": np.concatenate([kinds, np.ones(len(tokens), kinds.dtype)]),
+    }
+
+
+def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
+    writer = GGUFWriter(path, metadata["general.architecture"])
+    for key, value in metadata.items():
+        if key == "general.architecture":
+            continue
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_array(key, value.tolist() if isinstance(value, np.ndarray) else value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def main(binding: str) -> None:
+    metadata = read_gguf(pull("smollm2")).metadata
+    result = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for pre in PRE_TOKENIZERS:
+            path = Path(folder, "variant.gguf")
+            write_metadata(path, variant(metadata, pre))
+            command = ["node", str(SCRIPT), binding, str(path)]
+            run = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+            result[pre] = {kind: [entry["ids"] for entry in run[kind]] for kind in ("plain", "special")}
+    kept = {pre: ids for pre, ids in result.items() if ids not in list(result.values())[: list(result).index(pre)]}
+    same = {pre: next(other for other in kept if kept[other] == ids) for pre, ids in result.items() if pre not in kept}
+    DATA.write_text(json.dumps({"ids": kept, "same_as": same}, separators=(",", ":")) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
