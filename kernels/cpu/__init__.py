@@ -1,0 +1,1 @@
+"""The CPU implementations: torch's own fast ops, chosen by the number of rows."""

@@ -37,9 +37,18 @@ def philox(blocks: np.ndarray, position: int, stream: int, seed: int) -> np.ndar
     return np.stack([x[0], y[0], x[1], y[1]], axis=1)
 
 
+def gumbel_of(tokens: np.ndarray, seed: int, stream: int, position: int) -> torch.Tensor:
+    """float32 [n]: the Gumbel noise of tokens uint32 [n] for the draw at `position` of random stream (seed, stream)."""
+    words = philox(tokens >> 2, position, stream, seed)[np.arange(tokens.size), tokens & 3]
+    return _gumbel(words)
+
+
 def gumbel(vocab_size: int, seed: int, stream: int, position: int) -> torch.Tensor:
-    """float32 [vocab_size]: the Gumbel noise of every token for the draw at `position` of random stream (seed,
-    stream)."""
+    """float32 [vocab_size]: the same for all tokens 0 .. vocab_size - 1."""
     words = philox(np.arange(-(-vocab_size // 4), dtype=np.uint32), position, stream, seed).reshape(-1)[:vocab_size]
+    return _gumbel(words)
+
+
+def _gumbel(words: np.ndarray) -> torch.Tensor:
     u = torch.from_numpy((words >> np.uint32(9)).astype(np.float32)).add_(0.5).mul_(2.0**-23)
     return u.log_().neg_().log_().neg_()

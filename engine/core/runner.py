@@ -1,0 +1,257 @@
+"""Turns schedules into tensors and computation on a CPU. A step is computed as it is launched: nothing stays in flight."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+
+from engine.checkpoint import Checkpoint
+from engine.core.step import StepResult
+from engine.errors import CapacityError
+from engine.messages import EngineInfo, EngineOptions, TokenLogprob
+from engine.model.cpu import CpuBackend
+from engine.model.decoder import Step
+from engine.model.loader import load_decoder
+from engine.model.rope import rotations
+from engine.model.sampler import Sampler, token_logprobs
+from engine.scheduling.scheduler import Chunk, Schedule
+from engine.scheduling.sequence import Sequence
+from kernels.cpu.attention import Span
+from kernels.cpu.linear import plan
+
+BLOCK_SIZE = 64
+STEP_TOKENS = 512  # a prefill chunk on a CPU: large enough for full speed, short enough for the streams beside it
+LOGIT_ROWS = 64  # rows of prompt logits computed at a time: bounds the [rows, vocabulary] scratch
+PROGRESS_BYTES = 4 << 20
+
+
+class Runner:
+    """One model on the CPU, and its KV cache. `on_progress(stage, fraction)` follows the loading."""
+
+    depth = 0
+    contiguous = True
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: EngineOptions,
+        on_progress: Callable[[str, float], None] | None = None,
+    ):
+        started = time.monotonic()
+        progress = on_progress or (lambda stage, fraction: None)
+        if options.device not in ("auto", "cpu"):
+            raise CapacityError(f"device {options.device!r} is not supported by this build; it must be auto or cpu.")
+        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+        torch.set_grad_enabled(False)
+        self.config = config = checkpoint.config
+        dtype = _dtype(options.dtype)
+        self._invariant = (
+            options.batch_invariant if options.batch_invariant is not None else dtype == torch.float32
+        )
+        available = available_memory()
+        dense_bytes = 2 * checkpoint.parameters
+        self._plan = plan(dtype, self._invariant, available // 8, dense_bytes)
+        self.block_size = options.block_size or BLOCK_SIZE
+        self.max_num_batched_tokens = options.max_num_batched_tokens or STEP_TOKENS
+
+        total, last = checkpoint.total_bytes, 0
+
+        def on_bytes(done: int) -> None:
+            nonlocal last
+            if done - last >= PROGRESS_BYTES or done == total:
+                last = done
+                progress("weights", done / total)
+
+        self.model = load_decoder(checkpoint, self._plan, self.block_size, on_bytes)
+        backend = self.model.backend
+        assert isinstance(backend, CpuBackend)
+        self.backend = backend
+        context = options.max_model_len or config.max_position
+        self.num_blocks = self._num_blocks(options, context)
+        self.max_model_len = min(context, self.num_blocks * self.block_size)
+        self._rotations = rotations(config, self.max_model_len).unsqueeze(1)
+        self.sampler = Sampler(config.eos_token_ids, options.seed)
+        backend.allocate(self.num_blocks)
+        self._runs: dict[str, _Run] = {}
+        progress("warm-up", 0.0)
+        self._warm_up()
+        progress("warm-up", 1.0)
+        self.info = EngineInfo(
+            model=checkpoint.name,
+            path=str(checkpoint.path),
+            architecture=config.architecture,
+            parameters=checkpoint.parameters,
+            quantization=checkpoint.quantization,
+            dtype="float32" if dtype == torch.float32 else str(self._plan.few).removeprefix("torch."),
+            device=f"cpu ({torch.get_num_threads()} threads)",
+            vocab_size=config.vocab_size,
+            max_model_len=self.max_model_len,
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            kv_cache_bytes=self.num_blocks * self.block_size * backend.kv_bytes_per_token,
+            weight_bytes=total,
+            load_seconds=time.monotonic() - started,
+            batch_invariant=self._invariant,
+        )
+
+    def launch(self, schedule: Schedule) -> StepResult:
+        started = time.monotonic()
+        with torch.inference_mode():
+            result = self._compute(schedule)
+        result.seconds = time.monotonic() - started
+        return result
+
+    def finish(self, handle: StepResult) -> StepResult:
+        return handle
+
+    def release(self, sequence: Sequence) -> None:
+        self._runs.pop(sequence.id, None)
+        self.sampler.forget(sequence)
+
+    def _compute(self, schedule: Schedule) -> StepResult:
+        """One forward over all chunks, then a token for each chunk that samples."""
+        tokens: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        rows: list[int] = []  # of the step whose logits are wanted: the last of each sampling chunk
+        sampling: list[Sequence] = []
+        scored: list[tuple[Chunk, int]] = []  # chunks with prompt logprobs, and their first row
+        for chunk in schedule.chunks:
+            sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.length
+            row = len(tokens)
+            tokens += sequence.tokens[start:end]
+            positions += range(start, end)
+            spans.append(self._span(sequence, row, chunk.length, end, slots))
+            if chunk.sample:
+                rows.append(end - start + row - 1)
+                sampling.append(sequence)
+            if sequence.request.params.prompt_logprobs is not None and start < sequence.prompt_len - 1:
+                scored.append((chunk, row))
+        every = bool(scored) or len(rows) == len(tokens)
+        step = Step(
+            tokens=torch.tensor(tokens),
+            slots=torch.tensor(slots),
+            rotations=self._rotations[torch.tensor(positions)],
+            attention=self.backend.prepare(spans),
+            logit_rows=None if every else torch.tensor(rows, dtype=torch.int64),
+        )
+        hidden = self.model.forward(step)
+        result = StepResult({})
+        for chunk, row in scored:
+            result.prompt_logprobs[chunk.sequence.id] = self._prompt_logprobs(chunk, hidden[row : row + chunk.length])
+        if sampling:
+            self._sample(hidden[rows] if scored else hidden, sampling, result)
+        return result
+
+    def _sample(self, hidden: torch.Tensor, sequences: list[Sequence], result: StepResult) -> None:
+        logits = self.model.logits(hidden)
+        wanted: list[int] = []
+        for row, (sequence, token) in enumerate(zip(sequences, self.sampler.sample(logits, sequences), strict=True)):
+            if token is None:
+                result.errors[sequence.id] = "The model's output for this request is not finite (NaN or infinity)."
+                continue
+            result.tokens[sequence.id] = token
+            if sequence.request.params.logprobs is not None:
+                wanted.append(row)
+        if wanted:
+            chosen = [sequences[row] for row in wanted]
+            counts = [sequence.request.params.logprobs or 0 for sequence in chosen]
+            picked = [result.tokens[sequence.id] for sequence in chosen]
+            entries = token_logprobs(logits[wanted], picked, counts)
+            result.logprobs = {sequence.id: entry for sequence, entry in zip(chosen, entries, strict=True)}
+
+    def _prompt_logprobs(self, chunk: Chunk, hidden: torch.Tensor) -> list[TokenLogprob]:
+        """Of the prompt tokens at start + 1 .. start + length, as far as they lie in the prompt."""
+        sequence = chunk.sequence
+        targets = sequence.request.prompt[chunk.start + 1 : chunk.start + chunk.length + 1]
+        top = sequence.request.params.prompt_logprobs or 0
+        result: list[TokenLogprob] = []
+        for first in range(0, len(targets), LOGIT_ROWS):
+            part = targets[first : first + LOGIT_ROWS]
+            logits = self.model.logits(hidden[first : first + len(part)])
+            result += token_logprobs(logits, part, [top] * len(part))
+        return result
+
+    def _span(self, sequence: Sequence, row: int, length: int, end: int, slots: list[int]) -> Span:
+        """The sequence's part of the step; appends the slots of its `length` last positions before `end`."""
+        run = self._runs.get(sequence.id)
+        if run is None or run.admission != sequence.admission:
+            run = self._runs[sequence.id] = _Run(sequence.admission)
+        size, blocks = self.block_size, sequence.blocks
+        needed = -(-end // size)
+        while run.checked < needed and run.consecutive:
+            run.consecutive = run.checked == 0 or blocks[run.checked] == blocks[run.checked - 1] + 1
+            run.checked += 1
+        first = blocks[0] * size
+        start = end - length
+        if run.consecutive:
+            slots += range(first + start, first + end)
+            return Span(row, length, end, first, None)
+        slots += [blocks[p // size] * size + p % size for p in range(start, end)]
+        return Span(row, length, end, first, torch.tensor(blocks[:needed]))
+
+    def _num_blocks(self, options: EngineOptions, context: int) -> int:
+        per_block = self.block_size * self.backend.kv_bytes_per_token
+        available = available_memory()
+        if options.kv_cache_tokens is None:
+            tokens = min(4 * context, available // 4 // self.backend.kv_bytes_per_token)
+        else:
+            tokens = options.kv_cache_tokens
+            if tokens * self.backend.kv_bytes_per_token > available:
+                raise CapacityError(
+                    f"A KV cache of {tokens} tokens takes {tokens * self.backend.kv_bytes_per_token / 2**30:.1f} GiB and "
+                    f"{available / 2**30:.1f} GiB of memory are free; choose a smaller --kv-cache-tokens."
+                )
+        blocks = tokens // self.block_size
+        if blocks < 1:
+            raise CapacityError(
+                f"A KV cache of {tokens} tokens does not hold one block of {self.block_size} ({per_block} bytes); "
+                "choose a larger --kv-cache-tokens or a smaller --block-size."
+            )
+        return blocks
+
+    def _warm_up(self) -> None:
+        """One short prefill and one decode, so that the first request does not pay for oneDNN's code generation."""
+        with torch.inference_mode():
+            for rows in (1, min(16, self.block_size)):
+                step = Step(
+                    tokens=torch.zeros(rows, dtype=torch.int64),
+                    slots=torch.arange(rows),
+                    rotations=self._rotations[:rows],
+                    attention=self.backend.prepare([Span(0, rows, rows, 0, None)]),
+                    logit_rows=torch.tensor([rows - 1]),
+                )
+                self.model.logits(self.model.forward(step))
+
+
+class _Run:
+    """Whether a sequence's blocks lie one after another, as far as they were looked at."""
+
+    __slots__ = ("admission", "checked", "consecutive")
+
+    def __init__(self, admission: int):
+        self.admission = admission
+        self.checked = 0
+        self.consecutive = True
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping."""
+    try:
+        with open("/proc/meminfo") as meminfo:
+            for line in meminfo:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in ("auto", "bfloat16", "float32"):
+        raise CapacityError(f"dtype {name!r} is not supported on a CPU; it must be auto, bfloat16 or float32.")
+    return torch.float32 if name == "float32" else torch.bfloat16

@@ -1,0 +1,77 @@
+"""The CPU backend of the decoder: kernels.cpu, bound to one model's KV cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from engine.model.config import ModelConfig
+from engine.model.decoder import Step
+from kernels.cpu import fused
+from kernels.cpu.attention import KEY_TILE, Attention, Span
+from kernels.cpu.linear import Plan, cpu_features
+
+
+class CpuBackend:
+    """Owns the KV cache: [2 * layers, slots, kv_heads, D], K and V of layer l at 2l and 2l + 1."""
+
+    def __init__(self, config: ModelConfig, plan: Plan, block_size: int):
+        self.config = config
+        self.plan = plan
+        self.block_size = block_size
+        exact = plan.many == torch.float32 and plan.few == torch.float32
+        self.cache_dtype = torch.float32 if exact else torch.bfloat16
+        self._attention_dtype = torch.bfloat16 if "amx" in cpu_features() and not exact else torch.float32
+        self.cache = torch.empty(0)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        config = self.config
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.cache_dtype.itemsize
+
+    def allocate(self, num_blocks: int) -> None:
+        """Zeroed pages. The memory is taken from the system only as pages are written."""
+        config = self.config
+        slots = num_blocks * self.block_size + KEY_TILE  # attention may read a masked tile beyond the last block
+        shape = (2 * config.num_layers, slots, config.num_kv_heads, config.head_dim)
+        zeros = np.zeros(shape, np.float32 if self.cache_dtype == torch.float32 else np.uint16)
+        self.cache = torch.from_numpy(zeros).view(self.cache_dtype)
+
+    def prepare(self, spans: list[Span]) -> Attention:
+        """The attention of one step."""
+        return Attention(
+            spans,
+            self.cache,
+            self.block_size,
+            self._attention_dtype,
+            self.config.sliding_window,
+            self.plan.batch_invariant,
+        )
+
+    def dtype(self, rows: int) -> torch.dtype:
+        return self.plan.dtype(rows)
+
+    def add_rmsnorm(
+        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return fused.add_rmsnorm(residual, delta, weight, eps, dtype)
+
+    def rope_and_cache_write(
+        self, qkv: torch.Tensor, step: Step, layer: int, qk_norm: tuple[torch.Tensor, torch.Tensor, float] | None
+    ) -> torch.Tensor:
+        return fused.rope_and_cache_write(
+            qkv,
+            step.rotations,
+            self.config.num_heads,
+            self.config.num_kv_heads,
+            self.cache[2 * layer : 2 * layer + 2],
+            step.slots,
+            step.attention.dtype,
+            qk_norm,
+        )
+
+    def attention(self, q: torch.Tensor, step: Step, layer: int) -> torch.Tensor:
+        return step.attention(q, layer)  # type: ignore[no-any-return]
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return fused.silu_mul(gate_up)

@@ -1,0 +1,92 @@
+"""One decoder for the LLaMA family. What differs between models is a flag of `ModelConfig`; what differs between
+devices is behind `Backend`, whose functions are the kernels' plain ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from engine.model.config import ModelConfig
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass(slots=True)
+class Step:
+    """The tensors of one step of T tokens, of which S get logits. `attention` and `rotations` are the backend's own."""
+
+    tokens: torch.Tensor  # int64 [T]
+    slots: torch.Tensor  # int64 [T]: where the KV of each token goes
+    rotations: torch.Tensor  # of each token's position
+    attention: Any
+    logit_rows: torch.Tensor | None  # int64 [S]; None: all T, in order
+
+
+class Backend(Protocol):
+    """The arithmetic of one device: kernels/cpu or kernels/gpu behind one set of names."""
+
+    def dtype(self, rows: int) -> torch.dtype:
+        """Of the linears' input at this many rows."""
+        ...
+
+    def add_rmsnorm(
+        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, dtype: torch.dtype
+    ) -> torch.Tensor: ...
+
+    def rope_and_cache_write(
+        self, qkv: torch.Tensor, step: Step, layer: int, qk_norm: tuple[torch.Tensor, torch.Tensor, float] | None
+    ) -> torch.Tensor: ...
+
+    def attention(self, q: torch.Tensor, step: Step, layer: int) -> torch.Tensor: ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Weights of one layer; q, k, v and gate, up are fused."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    qk_norm: tuple[torch.Tensor, torch.Tensor, float] | None
+    output: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """config, weights and backend. `embed` int64 [T] -> float32 [T, H]."""
+
+    config: ModelConfig
+    backend: Backend
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    layers: list[Layer]
+    norm: torch.Tensor
+    head: Linear
+
+    def forward(self, step: Step) -> torch.Tensor:
+        """Computes one step, writes its KV, and returns the final hidden states [S, H] that `logits` takes."""
+        ops, eps = self.backend, self.config.rms_norm_eps
+        dtype = ops.dtype(step.tokens.shape[0])
+        residual = self.embed(step.tokens)
+        delta = None
+        for index, layer in enumerate(self.layers):
+            x = ops.add_rmsnorm(residual, delta, layer.input_norm, eps, dtype)
+            q = ops.rope_and_cache_write(layer.qkv(x), step, index, layer.qk_norm)
+            delta = layer.output(ops.attention(q, step, index))
+            x = ops.add_rmsnorm(residual, delta, layer.post_norm, eps, dtype)
+            delta = layer.down(ops.silu_mul(layer.gate_up(x)))
+        assert delta is not None
+        rows = step.logit_rows
+        if rows is not None:
+            residual, delta = residual[rows], delta[rows]
+        return ops.add_rmsnorm(residual, delta, self.norm, eps, ops.dtype(residual.shape[0]))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [S, H] -> float32 [S, V]."""
+        return self.head(hidden).float()

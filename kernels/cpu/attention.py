@@ -1,0 +1,126 @@
+"""Attention over the paged cache on a CPU: torch's flash attention (SDPA), one call a sequence.
+
+A layer's cache is [2, slots, kv_heads, D] (K and V; slot = block * block_size + row), so that consecutive blocks are
+consecutive tokens: a sequence whose blocks lie in one run, which the block pool aims for, is read in place through a
+view. One whose blocks are scattered is gathered first, a copy of its KV per layer.
+`Attention` is the metadata of one step, prepared once and used by every layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+QUERY_TILE = 32  # batch-invariant: SDPA's arithmetic for a query does not depend on the others from 32 rows on
+KEY_TILE = 64  # nor on how many keys are masked, if their number is a multiple of this
+
+
+@dataclasses.dataclass(slots=True)
+class Span:
+    """One sequence in a step: queries are its last `rows` positions of `length`, rows `row`.. of the batch.
+
+    blocks: its block table as far as needed, int64 [P]; None when block_0 .. are consecutive from `first` (a slot).
+    """
+
+    row: int
+    rows: int
+    length: int
+    first: int
+    blocks: torch.Tensor | None
+
+
+class Attention:
+    """The attention of one step. spans: in order of their rows, together all rows of the batch.
+
+    caches: K and V of all layers, [2 * layers, slots, kv_heads, D]. window: tokens a query sees, itself included.
+    dtype: of the arithmetic where more than one row is computed; single rows run in the cache's own.
+    """
+
+    def __init__(
+        self,
+        spans: list[Span],
+        caches: torch.Tensor,
+        block_size: int,
+        dtype: torch.dtype,
+        window: int | None,
+        batch_invariant: bool,
+    ):
+        self._spans = spans
+        self._caches = caches
+        self._block_size = block_size
+        self._invariant = batch_invariant
+        self._window = window
+        self.decode_only = not batch_invariant and all(span.rows == 1 for span in spans)
+        self.dtype = caches.dtype if self.decode_only else dtype
+        self._views: list[tuple[torch.Tensor, ...] | None] = []  # per span: K, V of layer 0, K, V of layer 1, ...
+        self._masks: list[torch.Tensor | None] = []
+        for span in spans:
+            start, end = self._keys(span)
+            if span.blocks is None:
+                view = caches.narrow(1, span.first + start, end - start).transpose(1, 2).unsqueeze(1)
+                self._views.append(view.unbind(0))
+            else:
+                self._views.append(None)
+            self._masks.append(self._mask(span, start, end))
+
+    def __call__(self, q: torch.Tensor, layer: int) -> torch.Tensor:
+        """q [T, heads, D] of this step -> [T, heads * D], the dtype of q."""
+        tokens, heads, dim = q.shape
+        kv_heads = self._caches.shape[2]
+        if self.decode_only:
+            rows = q.view(tokens, 1, kv_heads, heads // kv_heads, dim).unbind(0)
+            parts = [F.scaled_dot_product_attention(rows[i], *self._kv(i, layer)) for i in range(tokens)]
+            return (torch.cat(parts) if tokens > 1 else parts[0]).reshape(tokens, heads * dim)
+        out = torch.empty(tokens, heads, dim, dtype=q.dtype)
+        for i, span in enumerate(self._spans):
+            k, v = (x.to(q.dtype) for x in self._kv(i, layer))
+            x = q.narrow(0, span.row, span.rows)
+            padding = max(0, QUERY_TILE - span.rows) if self._invariant else 0
+            if padding:
+                x = F.pad(x, (0, 0, 0, 0, 0, padding))
+            mask = self._masks[i]
+            y = F.scaled_dot_product_attention(
+                x.transpose(0, 1).unsqueeze(0),
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None and span.rows > 1,
+                enable_gqa=heads != kv_heads,
+            )
+            out.narrow(0, span.row, span.rows).copy_(y[0, :, : span.rows].transpose(0, 1))
+        return out.view(tokens, heads * dim)
+
+    def _keys(self, span: Span) -> tuple[int, int]:
+        """First and last + 1 position whose key any query of the span sees."""
+        if self._invariant:
+            return 0, -(-span.length // KEY_TILE) * KEY_TILE
+        start = max(0, span.length - span.rows + 1 - self._window) if self._window else 0
+        return start, span.length
+
+    def _kv(self, index: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V [1, kv_heads, keys, D] of one span."""
+        views = self._views[index]
+        if views is not None:
+            return views[2 * layer], views[2 * layer + 1]
+        span = self._spans[index]
+        assert span.blocks is not None
+        start, end = self._keys(span)
+        cache = self._caches[2 * layer : 2 * layer + 2]
+        blocks = cache.view(2, -1, self._block_size * cache.shape[2] * cache.shape[3])
+        tokens = blocks.index_select(1, span.blocks).view(2, -1, *cache.shape[2:]).narrow(1, start, end - start)
+        k, v = tokens.transpose(1, 2).unsqueeze(1).unbind(0)
+        return k, v
+
+    def _mask(self, span: Span, start: int, end: int) -> torch.Tensor | None:
+        """Additive [rows, keys]; None where a causal or no mask does."""
+        context = span.length - span.rows
+        if not self._invariant and (span.rows == 1 or (context == 0 and (not self._window or end <= self._window))):
+            return None
+        queries = torch.arange(context, context + max(span.rows, QUERY_TILE if self._invariant else 0)).unsqueeze(1)
+        keys = torch.arange(start, end)
+        seen = keys <= queries
+        if self._window:
+            seen &= keys > queries - self._window
+        return torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, -torch.inf)

@@ -1,0 +1,74 @@
+"""The ops between the matmuls on a CPU: as few torch calls as each allows, since at one row a call costs more than its
+arithmetic. The residual stream is float32 throughout."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def norm_weight(weight: torch.Tensor) -> torch.Tensor:
+    """RMSNorm's weight [H] in the form `add_rmsnorm` takes: float32, times sqrt(H)."""
+    return weight.float() * math.sqrt(weight.shape[-1])
+
+
+def add_rmsnorm(
+    residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """residual float32 [T, H] += delta [T, H]; returns RMSNorm(residual) [T, H] in `dtype`.
+
+    x / sqrt(mean(x^2) + eps) * w = x (w sqrt(H)) / sqrt(|x|^2 + H eps): three calls; weight from `norm_weight`.
+    """
+    if delta is not None:
+        residual.add_(delta)
+    length = torch.linalg.vector_norm(residual, dim=-1, keepdim=True)
+    length = length.hypot_(length.new_full((), math.sqrt(residual.shape[-1] * eps)))
+    out = torch.empty(residual.shape, dtype=dtype)
+    return torch.div(residual * weight, length, out=out)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [T, 2 I] -> silu(gate) * up [T, I], the same dtype. float16 saturates instead of overflowing."""
+    half = gate_up.shape[-1] // 2
+    gate, up = gate_up[:, :half], gate_up[:, half:]
+    if gate_up.dtype == torch.float16:
+        return F.silu(gate.float()).mul_(up).clamp_(-65504, 65504).half()
+    return F.silu(gate).mul_(up)
+
+
+def rope_and_cache_write(
+    qkv: torch.Tensor,
+    rotations: torch.Tensor,
+    heads: int,
+    kv_heads: int,
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    dtype: torch.dtype,
+    qk_norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+) -> torch.Tensor:
+    """Rotates q and k and writes k and v into the cache.
+
+    qkv [T, (heads + 2 kv_heads) D]: q, k, v of each token; pairs (2i, 2i + 1) of a head are the real and imaginary
+    parts that are rotated. rotations complex64 [T, 1, D/2]. cache [2, slots, kv_heads, D]: this layer's K and V.
+    slots int64 [T]: where each token goes. qk_norm: RMSNorm weights [D] of q and k (from `norm_weight`) and eps,
+    applied to each head before the rotation. Returns q [T, heads, D] in `dtype`.
+    """
+    tokens = qkv.shape[0]
+    x = qkv.float().view(tokens, heads + 2 * kv_heads, -1)
+    if x.data_ptr() == qkv.data_ptr():
+        x = x.clone()
+    if qk_norm is not None:
+        q_weight, k_weight, eps = qk_norm
+        for part, weight in ((x[:, :heads], q_weight), (x[:, heads : heads + kv_heads], k_weight)):
+            length = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
+            part.mul_(weight).div_(length.hypot_(length.new_full((), math.sqrt(part.shape[-1] * eps))))
+    torch.view_as_complex(x[:, : heads + kv_heads].unflatten(-1, (-1, 2))).mul_(rotations)
+    if cache.dtype == dtype:
+        x = x.to(dtype)
+        q, kv = x[:, :heads], x[:, heads:]
+    else:
+        q, kv = x[:, :heads].to(dtype), x[:, heads:].to(cache.dtype)
+    cache.index_copy_(1, slots, kv.view(tokens, 2, kv_heads, -1).transpose(0, 1))
+    return q

@@ -1,0 +1,135 @@
+"""y = x W^T + b on a CPU, by the fastest op that torch ships for the number of rows.
+
+A weight is kept in up to two forms, both made once at load:
+
+    few rows    4-bit blocks: torch's int4 op (AVX-512/AVX2, bf16 activations, fp32 sums). A decode step reads the
+                weights once for a handful of rows, so bytes are what counts: 0.625 a weight against 2.
+                Otherwise: packed bf16.
+    many rows   a dense copy in oneDNN's blocked layout, in the dtype that this CPU multiplies fastest: bf16 with AMX,
+                else fp16 where it is native (AVX512-FP16: twice the rate of bf16 there), else float32.
+
+`Plan` says which; float32 keeps a single packed float32 form: the exact path. With `batch_invariant` there is one form
+for any number of rows, whose sums do not depend on how many rows there are: oneDNN's packed matmul has that property
+from two rows up (one row takes another kernel, so it is padded to two); tests/kernels/cpu checks it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from kernels.formats import FOUR_BIT, dequantize, four_bit_parts
+
+SLAB = 8192  # rows of a weight that are dequantised at a time: bounds the float32 scratch
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """What decides between the ops: "amx" (bf16 tiles), "bf16" and "fp16" (native AVX-512 arithmetic), "onednn"."""
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    found = {"onednn"}
+    if has.get("amx_bf16", has.get("amx_tile", False)) or torch.cpu._is_amx_tile_supported():
+        found.add("amx")
+    if has.get("avx512_bf16", False) or torch.cpu._is_avx512_bf16_supported():
+        found.add("bf16")
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        found.add("fp16")
+    return frozenset(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which form serves which number of rows.
+
+    few, many: dtypes of the activations in the two forms. few_rows: up to how many rows the first one serves.
+    four_bit: 4-bit blocks run as they are in the first form.
+    """
+
+    few: torch.dtype
+    many: torch.dtype
+    few_rows: int
+    four_bit: bool
+    batch_invariant: bool
+
+    def dtype(self, rows: int) -> torch.dtype:
+        """What a linear wants its input in; it takes any float dtype, this one without a conversion."""
+        return self.few if rows <= self.few_rows else self.many
+
+
+def plan(dtype: torch.dtype, batch_invariant: bool, spare_bytes: int, dense_bytes: int) -> Plan:
+    """The forms for a model that computes in `dtype`.
+
+    dense_bytes: what a second, 2-byte copy of the weights would take; without room for it in `spare_bytes`, 4-bit
+    blocks serve many rows too.
+    """
+    if dtype == torch.float32:
+        return Plan(torch.float32, torch.float32, 0, False, batch_invariant)
+    features = cpu_features()
+    many = torch.bfloat16 if "amx" in features else torch.float16 if "fp16" in features else torch.float32
+    room = dense_bytes * many.itemsize // 2 <= spare_bytes
+    if batch_invariant:
+        return Plan(many, many, 0, False, True) if room else Plan(torch.bfloat16, torch.bfloat16, 1 << 30, True, True)
+    return Plan(torch.bfloat16, many, 6 if room else 1 << 30, True, False)
+
+
+class Linear:
+    """One weight [n, k] in the forms of `plan`, and its bias [n].
+
+    weight: uint8 [n, bytes of a row]; kind: its format (kernels.formats).
+    """
+
+    def __init__(self, weight: torch.Tensor, kind: str, bias: torch.Tensor | None, plan: Plan):
+        self.n = weight.shape[0]
+        self.plan = plan
+        self.bytes = weight.nbytes  # that a decode step has to read, in the checkpoint's own format
+        self._bias = {dtype: bias.to(dtype) for dtype in {plan.few, plan.many}} if bias is not None else {}
+        self._few = self._many = None
+        if plan.few_rows > 0:
+            four_bit = plan.four_bit and kind in FOUR_BIT
+            self._few = _int4(weight, kind) if four_bit else _packed(weight, kind, plan.few)
+            if not four_bit and plan.few == plan.many:
+                self._many = self._few
+        if self._many is None and plan.few_rows < 1 << 30:
+            self._many = _packed(weight, kind, plan.many)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, K] -> [M, N] in plan.dtype(M)."""
+        rows = x.shape[0]
+        plan = self.plan
+        few = rows <= plan.few_rows
+        dtype = plan.few if few else plan.many
+        if x.dtype != dtype:
+            x = x.to(dtype)
+        multiply = self._few if few else self._many
+        assert multiply is not None
+        if rows == 1 and plan.batch_invariant:
+            y = multiply(F.pad(x, (0, 0, 0, 1)))[:1]
+        else:
+            y = multiply(x)
+        return y.add_(self._bias[dtype]) if self._bias else y
+
+
+def _int4(raw: torch.Tensor, kind: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The op's weight is (q - 8) s + z, so s = d and z = m + 8 d, in bf16."""
+    q, d, m = four_bit_parts(raw, kind)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
+    scales = torch.stack([d.float(), m.float() + 8 * d.float()], -1).transpose(0, 1).bfloat16().contiguous()
+    op = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return lambda x: op(x, packed, 32, scales)  # type: ignore[no-any-return]
+
+
+def _packed(raw: torch.Tensor, kind: str, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    weight = torch.cat([dequantize(rows, kind, dtype) for rows in raw.split(SLAB)]) if len(raw) > SLAB else (
+        dequantize(raw, kind, dtype)
+    )
+    if "onednn" not in cpu_features():
+        return lambda x: F.linear(x, weight)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
+    op = torch.ops.mkldnn._linear_pointwise
+    return lambda x: op(x, packed, None, "none", [], "")  # type: ignore[no-any-return]
