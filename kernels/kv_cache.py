@@ -6,7 +6,7 @@
     k_scale  8-bit caches: float32 [blocks, kv_heads, block_size], one for each row that was quantised
     v_scale  the same
 
-Token t of a sequence is row t % block_size of block `block_table[t // block_size]`; its slot is block * block_size + row.
+Token t of a sequence is row t % block_size of block `block_table[t // block_size]`; slot = block * block_size + row.
 8-bit rows (int8, float8_e4m3fn) are symmetric: value = stored * scale, scale = max|row| / `QMAX[dtype]`, so no
 calibration is needed. Attention masks scores, not loads: pages must never hold NaN, so they begin as zeros.
 """

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # The same draws in every run. An iteration of a kernel's loop costs 2 ms: no deadline, few examples.
 settings.register_profile(
@@ -15,6 +15,7 @@ settings.register_profile(
     derandomize=True,
     database=None,
     max_examples=12,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
