@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 
 from engine.checkpoint.config import read_json
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, RequestError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -73,9 +73,13 @@ class Tokenizer:
         """add_special_tokens: put BOS/EOS around it if the checkpoint says so (a rendered chat template has its own).
 
         parse_special: text such as "<|im_end|>" becomes that one token; False reads it as ordinary characters.
+        Raises RequestError for half a surrogate pair, which JSON can carry and UTF-8 cannot.
         """
         backend = self._backend if parse_special else self._plain_backend()
-        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise RequestError("the text has a surrogate code point (U+D800 to U+DFFF) outside a pair") from None
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def _plain_backend(self) -> tokenizers.Tokenizer:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter
 
 from engine.checkpoint.gguf import read_gguf
 from engine.checkpoint.gguf_tokenizer import PRE_TOKENIZERS
 from engine.checkpoint.pull import pull
+from tests.engine.checkpoint.files import write_gguf
 
 DATA = Path(__file__).parent / "data" / "llama_cpp_variants.json"
 SCRIPT = Path(__file__).parents[3] / "bench" / "peers" / "llama_cpp_tokens.mjs"
@@ -40,34 +40,13 @@ def variant(metadata: dict[str, Any], pre: str) -> dict[str, Any]:
     }
 
 
-def write_metadata(path: Path, metadata: dict[str, Any]) -> None:
-    writer = GGUFWriter(path, metadata["general.architecture"])
-    for key, value in metadata.items():
-        if key == "general.architecture":
-            continue
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        else:
-            writer.add_array(key, value.tolist() if isinstance(value, np.ndarray) else value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def main(binding: str) -> None:
     metadata = read_gguf(pull("smollm2")).metadata
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         for pre in PRE_TOKENIZERS:
             path = Path(folder, "variant.gguf")
-            write_metadata(path, variant(metadata, pre))
+            write_gguf(path, variant(metadata, pre), shapes={})
             command = ["node", str(SCRIPT), binding, str(path)]
             run = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
             result[pre] = {kind: [entry["ids"] for entry in run[kind]] for kind in ("plain", "special")}
