@@ -145,10 +145,11 @@ class Generation(Response):
         await self.send({"type": "http.response.body", "body": b""})
 
     async def send_delta(self, choice: Choice, delta: TextDelta) -> None:
-        chunks = [self.shape.chunk(choice, delta)]
+        chunks = []
         if not choice.opened:
             choice.opened = True
-            chunks.insert(0, self.shape.opening(choice))
+            chunks.append(self.shape.opening(choice))
+        chunks.append(self.shape.chunk(choice, delta))
         data = b""
         for chunk in chunks:
             if chunk is not None:

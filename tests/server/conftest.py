@@ -19,11 +19,11 @@ def server(smollm2: Any) -> Iterator[LiveServer]:
 
 @pytest.fixture
 def launch(smollm2: Any) -> Iterator[Callable[..., LiveServer]]:
-    """Start a server of one's own: launch(engine={...}, wait=True, **ServerSettings fields)."""
+    """Start a server of one's own: launch(engine={...}, **ServerSettings fields); see LiveServer for the others."""
     started: list[LiveServer] = []
 
-    def start(engine: dict[str, Any] | None = None, wait: bool = True, **server: Any) -> LiveServer:
-        started.append(LiveServer(settings(str(smollm2.path), engine, **server), wait))
+    def start(engine: dict[str, Any] | None = None, wait: bool = True, prelude: str = "", **server: Any) -> LiveServer:
+        started.append(LiveServer(settings(str(smollm2.path), engine, **server), wait, prelude))
         return started[-1]
 
     yield start

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,22 +23,27 @@ from server.settings import ServerSettings
 
 LAUNCH = """
 import sys, msgspec
+from engine.errors import FenError
 from server.run import serve
 from server.settings import ServerSettings
-serve(msgspec.json.decode(sys.argv[1], type=ServerSettings))
+try:
+    serve(msgspec.json.decode(sys.argv[1], type=ServerSettings))
+except FenError as error:
+    sys.exit(f"fen: {error}")
 """
 READY_SECONDS = 120
 
 
 class LiveServer:
-    """A server process; `http` is a client for it."""
+    """A server process; `http` is a client for it. `prelude`: Python run in it first."""
 
-    def __init__(self, settings: ServerSettings, wait: bool = True):
+    def __init__(self, settings: ServerSettings, wait: bool = True, prelude: str = ""):
         self.settings = settings
         self.url = f"http://127.0.0.1:{settings.port}"
         environment = os.environ | {"OMP_NUM_THREADS": "2"}
-        command = [sys.executable, "-c", LAUNCH, msgspec.json.encode(settings).decode()]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        command = [sys.executable, "-c", prelude + LAUNCH, msgspec.json.encode(settings).decode()]
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+        self.process = subprocess.Popen(command, stderr=self.log, env=environment)
         self.http = httpx.Client(base_url=self.url, timeout=60)
         if wait:
             self.wait_ready()
@@ -48,9 +54,14 @@ class LiveServer:
             with contextlib.suppress(httpx.TransportError):
                 if self.http.get("/ready").status_code == 200:
                     return
-            assert self.process.poll() is None, self.process.stderr and self.process.stderr.read()
+            assert self.process.poll() is None, self.printed()
             time.sleep(0.05)
         raise AssertionError("the server did not become ready")
+
+    def printed(self) -> str:
+        """What it wrote to standard error so far."""
+        self.log.seek(0)
+        return self.log.read().decode()
 
     def engine_pid(self) -> int:
         (child,) = psutil.Process(self.process.pid).children()
