@@ -1,4 +1,4 @@
-"""Models for all tests: the default one, pulled once into the user's cache, and small random ones that transformers saves."""
+"""Models for all tests: the default one, pulled once into the user's cache, and small random ones by transformers."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def write_gguf(
     shapes: dict[str, tuple[int, ...]] = TENSORS,
     kinds: dict[str, str] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Writes a GGUF file with random tensors by the gguf package; kinds: types other than F32. Returns the stored arrays."""
+    """A GGUF file with random tensors, by the gguf package; kinds: types other than F32. Returns the stored arrays."""
     metadata = tiny_metadata() if metadata is None else metadata
     writer = GGUFWriter(path, metadata["general.architecture"])
     for key, value in metadata.items():
