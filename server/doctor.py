@@ -29,6 +29,7 @@ CPU_FEATURES = {
     "amx_bf16": "AMX bf16",
     "amx_int8": "AMX int8",
     "avx512_bf16": "AVX-512 bf16",
+    "avx512_fp16": "AVX-512 fp16",
     "avx512_vnni": "AVX-512 VNNI",
     "avx512f": "AVX-512",
     "avx2": "AVX2",
@@ -216,8 +217,7 @@ def devices(report: Report) -> None:
                 f"{found.name}, {found.total_memory / 2**30:.0f} GiB, sm_{found.major}{found.minor}, "
                 f"CUDA {torch.version.cuda}",
             )
-    chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    report.add("Devices", "chosen", f"{chosen}, unless --device says otherwise")
+    report.add("Devices", "used", "cpu" + ("; the engine does not run on GPUs yet" if torch.cuda.is_available() else ""))
 
 
 def models(report: Report) -> None:

@@ -83,7 +83,8 @@ class RemoteModel:
         except urllib.error.HTTPError as error:
             raise FenError(f"the server at {self.url} answers {error.code}: {_message(error)}") from None
         except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error) or type(error).__name__
+            cause = getattr(error, "reason", error)
+            reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
             raise FenError(
                 f"the server at {self.url} cannot be reached ({reason}): is `fen serve` running there?"
             ) from None
@@ -150,5 +151,5 @@ def _answer(model: Model, messages: Messages, params: SamplingParams, console: C
     except FenError as error:
         console.print(f"\n{error}" if text else str(error), style="red", markup=False, highlight=False)
         return text or None
-    console.print(f"\n{model.usage.line()}", style="dim", highlight=False)
+    console.print(f"\n{model.usage.line()}", style="dim", highlight=False, soft_wrap=True)
     return text
