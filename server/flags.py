@@ -26,7 +26,9 @@ ENGINE: dict[str, Any] = {
     "load_format": Annotated[
         Literal["auto", "dummy"], typer.Option(help="dummy: weights made up from the config alone.")
     ],
-    "device": Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto is the CPU; there is no GPU runner yet.")],
+    "device": Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto is the CPU; there is no GPU runner yet.")
+    ],
     "dtype": Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         typer.Option(help="Of activations; float32 is exact and slow."),
