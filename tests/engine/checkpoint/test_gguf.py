@@ -1,4 +1,4 @@
-"""The bounded reader: what the gguf package writes is read exactly, and no damaged file does more than raise an error."""
+"""The bounded reader: what the gguf package writes is read exactly, a damaged file does no more than raise an error."""
 
 from __future__ import annotations
 
