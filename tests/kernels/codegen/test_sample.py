@@ -30,10 +30,10 @@ def test_sample(capability: int, logits: str) -> None:
     code = MachineCode(compiled)
     assert code.spills == 0 and code.registers <= 128  # 512 threads
     assert (
-        code.widths("LDG")["128"] >= 4 and code.widths("STG")["128"] >= 4
-    )  # rows are read and written 16 bytes a thread
-    logarithms = code.count["MUFU"]
-    assert logarithms > 0
+        code.widths("LDG")["128"] >= 8 and code.widths("STG")["128"] == 2
+    )  # rows are read and written 16 bytes at a time
+    # The fast logarithm is 0 for the numbers next to 1: its Gumbel noise would be infinite.
+    assert "lg2.approx" not in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("capability", GPUS)
@@ -50,7 +50,7 @@ def test_logprobs(capability: int) -> None:
         divisible_by_16=("V", "s_logits"),
     )
     code = MachineCode(compiled)
-    assert code.spills == 0 and code.registers <= 128 and code.widths("LDG")["128"] >= 8
+    assert code.spills == 0 and code.registers <= 64 and code.widths("LDG")["128"] >= 6
 
 
 def test_one_launch_and_no_recompilation() -> None:
