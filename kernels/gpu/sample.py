@@ -203,9 +203,9 @@ def sample_kernel(
                         mass = tl.sum(part_mass * tl.exp(part_peak - peak), 0)
                 limit = tl.where(top_p < 1, top_p * mass, float("inf"))
                 k = tl.where(limited_k, top_k, V)
-                floor = peak + tl.log(min_p)
+                floor = tl.minimum(peak + tl.log(min_p), peak)
                 higher, higher_mass = _above(scores, score, peak, V, BLOCK)
-                while (higher >= k) | (higher_mass >= limit) | (score < floor):
+                while (score < peak) & ((higher >= k) | (higher_mass >= limit) | (score < floor)):
                     token, score = _best_above(scores, score, floor, V, BLOCK, seed_low, seed_high, stream, position)
                     higher, higher_mass = _above(scores, score, peak, V, BLOCK)
             if penalised:
