@@ -1,4 +1,4 @@
-"""The arithmetic: functions on tensors, fast for CPUs (cpu/) and NVIDIA GPUs (gpu/, Triton), each with its float32 oracle (oracle/).
+"""The arithmetic: functions on tensors for CPUs (cpu/) and NVIDIA GPUs (gpu/, Triton), each with its oracle (oracle/).
 
 Knows no request and no model. Importing this needs no Triton; importing kernels.gpu does.
 """
