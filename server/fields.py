@@ -16,7 +16,7 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 def _wrong(message: str) -> PydanticCustomError:
-    return PydanticCustomError("fen", message.replace("{", "{{").replace("}", "}}"))  # type: ignore[arg-type]
+    return PydanticCustomError("fen", message.replace("{", "{{").replace("}", "}}"))
 
 
 def _is_ids(value: Any) -> bool:

@@ -53,6 +53,7 @@ def serve(settings: ServerSettings) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=75,  # longer than clients keep a connection, so that they close it first
             timeout_graceful_shutdown=2,
         )
         server = Server(config, service, console)

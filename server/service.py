@@ -88,7 +88,8 @@ class Service:
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="draining", retry_after=5)
         if not ok or self.client.info is None:
-            raise ApiError(503, reason, code=self.client.state, retry_after=2)
+            code = "unresponsive" if self.client.state == "ready" else self.client.state
+            raise ApiError(503, reason, code=code, retry_after=2)
         return self.client.info
 
     def check_model(self, name: str | None) -> None:

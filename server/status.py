@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,15 +10,9 @@ from starlette.responses import Response
 
 from server.errors import ApiError
 from server.service import Service
+from server.version import version
 
 router = APIRouter()
-
-
-def version() -> str:
-    try:
-        return importlib.metadata.version("fen-engine")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "0+source"
 
 
 def card(service: Service) -> dict[str, Any]:

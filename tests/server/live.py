@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -40,10 +39,9 @@ class LiveServer:
     def __init__(self, settings: ServerSettings, wait: bool = True, prelude: str = ""):
         self.settings = settings
         self.url = f"http://127.0.0.1:{settings.port}"
-        environment = os.environ | {"OMP_NUM_THREADS": "2"}
         command = [sys.executable, "-c", prelude + LAUNCH, msgspec.json.encode(settings).decode()]
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
-        self.process = subprocess.Popen(command, stderr=self.log, env=environment)
+        self.process = subprocess.Popen(command, stderr=self.log)
         self.http = httpx.Client(base_url=self.url, timeout=60)
         if wait:
             self.wait_ready()
@@ -135,5 +133,7 @@ def free_port() -> int:
 
 
 def settings(model: str, engine: dict[str, Any] | None = None, **server: Any) -> ServerSettings:
-    options = {"model": model, "dtype": "float32", "kv_cache_tokens": 8192, "max_model_len": 2048, **(engine or {})}
+    """One thread: other tests may run beside it. Batch-invariant: texts can be compared whatever ran with them."""
+    options = {"model": model, "threads": 1, "batch_invariant": True, "kv_cache_tokens": 8192, "max_model_len": 2048}
+    options |= engine or {}
     return ServerSettings(port=free_port(), served_model_name="smollm2", engine=EngineOptions(**options), **server)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -132,8 +133,8 @@ def test_second_signal_stops_now(launch: Callable[..., LiveServer]) -> None:
     assert not psutil.pid_exists(engine)
 
 
-def test_port_in_use_is_one_sentence(server: LiveServer, smollm2: Any) -> None:
-    taken = settings(str(smollm2.path))
+def test_port_in_use_is_one_sentence(server: LiveServer, smollm2: Path) -> None:
+    taken = settings(str(smollm2))
     taken.port = server.settings.port
     with pytest.raises(FenError, match=f"port {taken.port} .* in use.*--port {taken.port + 1}"):
         claim_port(taken.host, taken.port)
@@ -142,9 +143,9 @@ def test_port_in_use_is_one_sentence(server: LiveServer, smollm2: Any) -> None:
     claim_port("127.0.0.1", free_port()).close()
 
 
-def test_an_engine_that_cannot_start_ends_the_server(smollm2: Any) -> None:
+def test_an_engine_that_cannot_start_ends_the_server(smollm2: Path) -> None:
     """The engine process refuses; the server says its sentence and ends, it does not stay half alive."""
-    broken = settings(str(smollm2.path), {"device": "abacus"})
+    broken = settings(str(smollm2), {"device": "abacus"})
     command = [sys.executable, "-c", LAUNCH, msgspec.json.encode(broken).decode()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -104,10 +105,10 @@ def test_a_client_that_leaves_frees_its_blocks(server: LiveServer) -> None:
 
 
 @pytest.fixture(scope="module")
-def narrow(smollm2: Any) -> Iterator[LiveServer]:
+def narrow(smollm2: Path) -> Iterator[LiveServer]:
     """Two run, two wait; silent streams are told that the server lives after 0.1 s instead of 15."""
     prelude = "import server.generation; server.generation.KEEP_ALIVE_SECONDS = 0.1"
-    live = LiveServer(settings(str(smollm2.path), {"max_num_seqs": 2}, max_queue=2), prelude=prelude)
+    live = LiveServer(settings(str(smollm2), {"max_num_seqs": 2}, max_queue=2), prelude=prelude)
     yield live
     assert live.stop() == 0
 
@@ -116,7 +117,7 @@ def test_a_full_queue_answers_429(narrow: LiveServer) -> None:
     """Those that do not fit are turned away at once; those admitted are all answered."""
 
     def ask(i: int) -> httpx.Response:
-        return narrow.complete(f"Count on from {i}:", max_tokens=150, ignore_eos=True)
+        return narrow.complete(f"Count on from {i}:", max_tokens=40, ignore_eos=True)
 
     with ThreadPoolExecutor(12) as pool:
         responses = list(pool.map(ask, range(12)))
@@ -127,7 +128,7 @@ def test_a_full_queue_answers_429(narrow: LiveServer) -> None:
             assert int(response.headers["retry-after"]) >= 1
             assert response.json()["error"]["type"] == "rate_limit_error"
         else:
-            assert response.json()["usage"]["completion_tokens"] == 150
+            assert response.json()["usage"]["completion_tokens"] == 40
     assert narrow.metric("fen:requests_refused_total") == 8
     too_many = narrow.complete(n=5, max_tokens=1)
     assert too_many.status_code == 400 and too_many.json()["error"]["param"] == "n"
@@ -137,7 +138,7 @@ def test_a_full_queue_answers_429(narrow: LiveServer) -> None:
 
 def test_keep_alive_comments_on_a_silent_stream(narrow: LiveServer) -> None:
     with ThreadPoolExecutor(1) as pool:
-        busy = pool.submit(narrow.complete, "Count:", n=2, max_tokens=200, ignore_eos=True)
+        busy = pool.submit(narrow.complete, "Count:", n=2, max_tokens=40, ignore_eos=True)
         while narrow.load()["running"] < 2:
             time.sleep(0.01)
         body = {"prompt": "hi", "max_tokens": 2, "stream": True}

@@ -18,11 +18,11 @@ def client(server: LiveServer) -> Iterator[openai.OpenAI]:
 
 def test_completion(client: openai.OpenAI) -> None:
     reply = client.completions.create(
-        model="smollm2", prompt="The capital of France is", max_tokens=4, temperature=0, logprobs=2, n=2
+        model="smollm2", prompt="The capital of France is", max_tokens=5, temperature=0, logprobs=2, n=2
     )
     assert [choice.text for choice in reply.choices] == [" Paris.\n\nThe"] * 2
-    assert reply.choices[0].logprobs and reply.choices[0].logprobs.tokens == [" Paris", ".", "\n\n", "The"]
-    assert reply.usage and reply.usage.total_tokens == 13
+    assert reply.choices[0].logprobs and reply.choices[0].logprobs.tokens == [" Paris", ".", "\n", "\n", "The"]
+    assert reply.usage and reply.usage.total_tokens == 15
     assert reply.usage.prompt_tokens_details and reply.usage.prompt_tokens_details.cached_tokens == 0
 
 
@@ -30,14 +30,14 @@ def test_completion_stream(client: openai.OpenAI) -> None:
     stream = client.completions.create(
         model="smollm2",
         prompt="The capital of France is",
-        max_tokens=4,
+        max_tokens=5,
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
     )
     chunks = list(stream)
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == " Paris.\n\nThe"
-    assert chunks[-1].usage and chunks[-1].usage.completion_tokens == 4
+    assert chunks[-1].usage and chunks[-1].usage.completion_tokens == 5
 
 
 def test_chat(client: openai.OpenAI) -> None:
