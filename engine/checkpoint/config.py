@@ -140,7 +140,9 @@ def hf_config(values: dict[str, Any], generation: dict[str, Any], where: str) ->
     )
     max_position = fields.integer("max_position_embeddings", 1 << 26, default=2048)
     rope_theta, rope_scaling = _hf_rope(fields, max_position)
-    if rope_scaling and rope_scaling.kind in ("dynamic", "yarn"):  # written beside the context before stretching
+    # yarn is written beside the context before stretching. So is dynamic, which then changes nothing below that length:
+    # its context stays what it was, and a longer --max-model-len stretches it.
+    if rope_scaling and rope_scaling.kind == "yarn":
         max_position = max(max_position, int(rope_scaling.original_max_position * rope_scaling.factor))
     attention_bias = architecture == "Qwen2ForCausalLM" or fields.flag("attention_bias")
     ends = Fields(generation, "generation_config.json").token_ids("eos_token_id", shape["vocab_size"])

@@ -44,7 +44,7 @@ class Runner:
         progress = on_progress or (lambda stage, fraction: None)
         if options.device not in ("auto", "cpu"):
             raise CapacityError(f"device {options.device!r} is not supported by this build; it must be auto or cpu.")
-        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(options.threads or default_threads())
         torch.set_grad_enabled(False)
         self.config = config = checkpoint.config
         dtype = _dtype(options.dtype)
@@ -237,6 +237,12 @@ class _Run:
         self.admission = admission
         self.checked = 0
         self.consecutive = True
+
+
+def default_threads() -> int:
+    """OMP_NUM_THREADS where it is set, else the cores this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdecimal() and int(wanted) > 0 else len(os.sched_getaffinity(0))
 
 
 def available_memory() -> int:
