@@ -6,7 +6,7 @@ One pass over the keys in tiles of block_n, with a running maximum, sum and accu
 powers of two: exp(scale * x) = 2^(qs * x) with qs = scale * log2(e).
 
 The G query heads that share a KV head fill the rows of one matrix product, so K and V are read once for all of them.
-8-bit caches: tiles become float16; a row's scale multiplies its column of scores (K) or of probabilities (V).
+8-bit caches: tiles become 16-bit floats; a row's scale multiplies its column of scores (K) or of probabilities (V).
 
 Roofline. decode: every K and V byte once, 2 G FLOPs an element: bound by memory. prefill: 4 D FLOPs for each visible
 (query, key) pair and head: bound by the tensor cores from a few hundred tokens on.
@@ -29,7 +29,13 @@ from kernels.kv_cache import KVCache
 
 MAX_SPLITS = 64  # parts that one sequence's keys are cut into at most
 LONG_SPLIT = 2048  # tokens: a longer part would let one sequence hold up the batch
-TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+COMPUTE = {  # the matrix products' operands. 8-bit values are exact in both; these conversions are the cheap ones
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.int8: tl.bfloat16,
+    torch.float8_e4m3fn: tl.float16,
+}
 V_GAIN = tl.constexpr(256.0)  # keeps probability * 8-bit scale out of float16's subnormals; divided out at the end
 
 
@@ -157,6 +163,7 @@ def decode_kernel(
         tl.store(LSE + part * G + h, peak + tl.log2(total), mask=h < G)
         tl.debug_barrier()  # every thread's stores come before the one thread's atomic, which publishes them
         if tl.atomic_add(ARRIVED + pair, 1, sem="acq_rel") == active - 1:
+            tl.store(ARRIVED + pair, 0)
             i = tl.arange(0, SPLITS)
             for g in range(G):
                 e = tl.load(LSE + i * G + g, mask=i < active, other=-float("inf"), cache_modifier=".cg")
@@ -167,7 +174,6 @@ def decode_kernel(
                 )
                 out = tl.sum(parts * w[:, None], 0) / tl.sum(w, 0)
                 tl.store(OUT + b * s_out + (hk * G + g) * D + d, out.to(OUT.dtype.element_ty), mask=d < D)
-            tl.store(ARRIVED + pair, 0)
 
 
 @triton.jit(do_not_specialize=["s_table"])
@@ -276,7 +282,9 @@ def decode_config(
     heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, gpu: Gpu
 ) -> DecodeTile:
     """The tile for caches of `dtype`; the same for every batch."""
-    block_n = min(block_size, 128) if dtype in kv_cache.QMAX else 32 if dtype is torch.float32 else 64
+    block_n = 32 if dtype is torch.float32 else 64
+    if dtype in kv_cache.QMAX:  # V's tokens are contiguous within a page only
+        block_n = min(block_n, block_size)
     tile = DecodeTile(block_n, 4, 3)
     return tuned(gpu, "decode", _case(heads, kv_heads, head_dim, block_size, dtype, gpu), tile)
 
@@ -286,16 +294,13 @@ def prefill_config(
 ) -> PrefillTile:
     """The tile for caches of `dtype`; the same for every batch."""
     rows = triton.next_power_of_2(heads // kv_heads)
-    if gpu.capability >= 90:
-        tile = PrefillTile(max(128, rows), 64, 8, 3)
-    elif gpu.shared_memory > 128 * 1024:
-        tile = PrefillTile(max(128, rows), 64, 8, 2)
-    else:
-        tile = PrefillTile(max(64, rows), 64 if head_dim <= 64 else 32, 4, 2)
-    if dtype in kv_cache.QMAX:
-        tile = dataclasses.replace(tile, block_n=min(tile.block_n, block_size))
+    tile = PrefillTile(max(128, rows), 64, 8, 2)
     if dtype is torch.float32:
         tile = PrefillTile(max(32, rows), 32, 4, 2)
+    elif dtype in kv_cache.QMAX:
+        # One page, as in decode. Before Hopper the operands lie in registers: a large converted tile would spill.
+        fits = 32 if gpu.capability < 90 and head_dim > 64 else 64
+        tile = dataclasses.replace(tile, block_n=min(fits, block_size))
     return tuned(gpu, "prefill", _case(heads, kv_heads, head_dim, block_size, dtype, gpu), tile)
 
 
@@ -433,10 +438,9 @@ def bytes_and_flops(
 def _constants(q: torch.Tensor, cache: KVCache, window: int) -> dict[str, Any]:
     heads, head_dim = q.shape[1:]
     kv_heads = cache.k.shape[1]
-    compute = tl.float16 if cache.quantized else TRITON[cache.k.dtype]
     return {
         "HKV": kv_heads, "G": heads // kv_heads, "D": head_dim, "BD": triton.next_power_of_2(head_dim),
-        "PAGE": cache.block_size, "WINDOW": window, "EIGHT": cache.quantized, "CT": compute,
+        "PAGE": cache.block_size, "WINDOW": window, "EIGHT": cache.quantized, "CT": COMPUTE[cache.k.dtype],
     }  # fmt: skip
 
 

@@ -101,6 +101,8 @@ def _main_loop(lines: list[str]) -> list[str]:
             continue  # not a jump backwards
         opcodes = OPCODE.findall("\n".join(lines[labels[branch[1]] : end + 1]))
         names = {op.split(".")[0] for op in opcodes}
+        if "EXIT" in names:
+            continue  # a jump back from code that the compiler moved out of line, with the epilogue between
         rank = (bool(names & TENSOR_CORE), bool(names & GLOBAL_LOADS), -len(opcodes))
         if (rank[0] or rank[1]) and (best is None or rank > best[0]):
             best = rank, opcodes
