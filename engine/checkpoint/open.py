@@ -141,7 +141,7 @@ def _open_gguf(path: Path, name: str) -> Checkpoint:
         config=config,
         quantization=_DENSE.get(kind, kind),
         tensors=check_tensors(tensors, config, path.name),
-        load_tokenizer=lambda: tokenizer_from_gguf(file, config.eos_token_ids),
+        load_tokenizer=lambda: tokenizer_from_gguf(file, config),
     )
 
 
@@ -171,7 +171,7 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
         config=dataclasses.replace(config, dtype=_DENSE[kind]),
         quantization=_DENSE[kind],
         tensors=checked,
-        load_tokenizer=lambda: tokenizer_from_folder(folder, config.bos_token_id, config.eos_token_ids),
+        load_tokenizer=lambda: tokenizer_from_folder(folder, config),
     )
 
 
@@ -204,7 +204,5 @@ def _open_dummy(model: str) -> Checkpoint:
         config=config,
         quantization="bfloat16",
         tensors=dummy_tensors(config),
-        load_tokenizer=lambda: (
-            tokenizer_from_folder(folder, config.bos_token_id, config.eos_token_ids) if own else dummy_tokenizer(config)
-        ),
+        load_tokenizer=lambda: tokenizer_from_folder(folder, config) if own else dummy_tokenizer(config),
     )

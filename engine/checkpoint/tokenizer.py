@@ -8,12 +8,12 @@ import re
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from engine.checkpoint.config import read_json
 from engine.errors import CheckpointError, RequestError
+from engine.model.config import ModelConfig
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -36,6 +36,7 @@ class Tokenizer:
         self,
         backend: tokenizers.Tokenizer,
         *,
+        num_embeddings: int | None = None,
         bos_id: int | None = None,
         eos_ids: tuple[int, ...] = (),
         add_bos: bool | None = None,
@@ -43,14 +44,18 @@ class Tokenizer:
         special_tokens: dict[str, str] | None = None,
         chat_template: str | None = None,
     ):
-        """add_bos, add_eos: whether `encode` adds them; None: what the backend's own post-processor does."""
+        """add_bos, add_eos: whether `encode` adds them; None: what the backend's own post-processor does.
+
+        num_embeddings: rows of the model's embedding table, where that is smaller than the vocabulary.
+        """
         self.bos_id, self.eos_ids = bos_id, eos_ids
         self.special_tokens = special_tokens or {}
         self.chat_template = chat_template
         self._backend = backend
         self._plain: tokenizers.Tokenizer | None = None  # reads special tokens' text as text; made when first needed
         self._lock = threading.Lock()
-        self._byte_level = _is_byte_level(backend)
+        self._byte_level, self._strips_space = _decoding(backend)
+        self._num_embeddings = num_embeddings
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -80,6 +85,8 @@ class Tokenizer:
             ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         except TypeError:
             raise RequestError("the text has a surrogate code point (U+D800 to U+DFFF) outside a pair") from None
+        if self._num_embeddings is not None and ids and max(ids) >= self._num_embeddings:
+            raise RequestError(f"the model has no embedding for the token {self.id_to_token(max(ids))!r}")
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def _plain_backend(self) -> tokenizers.Tokenizer:
@@ -94,8 +101,7 @@ class Tokenizer:
         """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD. Ids outside the vocabulary are empty."""
         skipped = self._special if skip_special_tokens else frozenset()
         text = b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode("utf-8", "replace")
-        # SentencePiece puts a space before the first word and takes it away again.
-        return text if self._byte_level else text.removeprefix(" ")
+        return text.removeprefix(" ") if self._strips_space else text
 
     def token_bytes(self, token_id: int) -> bytes:
         """Exactly the bytes this token adds to the text (perhaps a part of a character); b"" outside the vocabulary."""
@@ -134,19 +140,21 @@ class Tokenizer:
         return text
 
 
-def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    """True: tokens spell bytes in GPT-2's alphabet; False: SentencePiece's \u2581 and <0xNN>; else refused."""
+def _decoding(backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
+    """Do tokens spell bytes in GPT-2's alphabet (else \u2581 and <0xNN>)? Is the first word's space dropped?"""
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
-    parts = {part.get("type") for part in [decoder, *decoder.get("decoders", [])]}
+    parts = {part.get("type"): part for part in [decoder, *decoder.get("decoders", [])]}
     if "ByteLevel" in parts:
-        return True
-    if "ByteFallback" in parts or "Metaspace" in parts:
-        return False
+        return True, False
+    if "Metaspace" in parts:
+        return False, parts["Metaspace"].get("prepend_scheme") != "never"
+    if "ByteFallback" in parts:
+        return False, "Strip" in parts
     kind = decoder.get("type")
     raise CheckpointError(f"the tokenizer's decoder is {kind}; supported: ByteLevel, ByteFallback, Metaspace")
 
 
-def tokenizer_from_folder(folder: Path, bos_id: int | None, eos_ids: tuple[int, ...]) -> Tokenizer:
+def tokenizer_from_folder(folder: Path, config: ModelConfig) -> Tokenizer:
     """From tokenizer.json; special tokens, BOS/EOS flags and chat template from tokenizer_config.json."""
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -158,30 +166,29 @@ def tokenizer_from_folder(folder: Path, bos_id: int | None, eos_ids: tuple[int, 
         raise CheckpointError(f"{path} is not a usable tokenizer: {error}") from None
     backend.no_padding()
     backend.no_truncation()
-    config_path = folder / "tokenizer_config.json"
-    config: dict[str, Any] = {}
-    if config_path.is_file():
-        config = read_json(config_path)
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
     special: dict[str, str] = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        value = config.get(name)
+        value = settings.get(name)
         value = value.get("content") if isinstance(value, dict) else value
         if isinstance(value, str):
             special[name] = value
-    bos = backend.token_to_id(special["bos_token"]) if "bos_token" in special else bos_id
+    bos = backend.token_to_id(special["bos_token"]) if "bos_token" in special else config.bos_token_id
     eos = backend.token_to_id(special["eos_token"]) if "eos_token" in special else None
     template_path = folder / "chat_template.jinja"
-    template = template_path.read_text("utf-8") if template_path.is_file() else config.get("chat_template")
+    template = template_path.read_text("utf-8") if template_path.is_file() else settings.get("chat_template")
     if isinstance(template, list):  # several named ones: [{"name": "default", "template": "..."}]
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
-    flags = {name: config.get(name) for name in ("add_bos_token", "add_eos_token")}
+    add_bos, add_eos = settings.get("add_bos_token"), settings.get("add_eos_token")
     return Tokenizer(
         backend,
+        num_embeddings=config.vocab_size,
         bos_id=bos,
-        eos_ids=eos_ids or (() if eos is None else (eos,)),
-        add_bos=flags["add_bos_token"] if isinstance(flags["add_bos_token"], bool) else None,
-        add_eos=flags["add_eos_token"] if isinstance(flags["add_eos_token"], bool) else None,
+        eos_ids=config.eos_token_ids or (() if eos is None else (eos,)),
+        add_bos=add_bos if isinstance(add_bos, bool) else None,
+        add_eos=add_eos if isinstance(add_eos, bool) else None,
         special_tokens=special,
         chat_template=template if isinstance(template, str) else None,
     )

@@ -10,21 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+import tokenizers.decoders
+import tokenizers.models
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.checkpoint import Tokenizer, open_checkpoint
+from engine.checkpoint.dummy import SHAPES
 from engine.checkpoint.gguf import GgufFile, read_gguf
 from engine.checkpoint.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_from_gguf
-from engine.checkpoint.tokenizer import byte_of_character
+from engine.checkpoint.tokenizer import byte_of_character, tokenizer_from_folder
 from engine.errors import CheckpointError, RequestError
 from tests.engine.checkpoint.files import tiny_metadata, write_gguf
-from tests.engine.checkpoint.llama_cpp_variants import variant
+from tests.engine.checkpoint.llama_cpp_variants import SENTENCEPIECE, variant
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = json.loads((DATA / "llama_cpp_tokens.json").read_text())
 VARIANTS = json.loads((DATA / "llama_cpp_variants.json").read_text())
+CONFIG = dataclasses.replace(SHAPES["smollm2-135m"], vocab_size=1 << 20, eos_token_ids=(258,))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,7 @@ def test_same_ids_as_llama_cpp(tokenizer: Tokenizer, kind: str) -> None:
 @pytest.mark.parametrize("pre", VARIANTS["ids"])
 def test_other_pre_tokenizers_give_the_same_ids_as_llama_cpp(smollm2: Path, pre: str) -> None:
     file = read_gguf(smollm2)
-    tokenizer = tokenizer_from_gguf(dataclasses.replace(file, metadata=variant(file.metadata, pre)), (2,))
+    tokenizer = tokenizer_from_gguf(dataclasses.replace(file, metadata=variant(file.metadata, pre)), CONFIG)
     for kind in ("plain", "special"):
         for entry, expected in zip(GOLDEN[kind], VARIANTS["ids"][pre][kind], strict=True):
             ids = tokenizer.encode(entry["text"], add_special_tokens=False, parse_special=kind == "special")
@@ -53,7 +58,7 @@ def test_other_pre_tokenizers_give_the_same_ids_as_llama_cpp(smollm2: Path, pre:
 
 
 def test_every_pre_tokenizer_was_compared() -> None:
-    assert set(PRE_TOKENIZERS) == {*VARIANTS["ids"], *VARIANTS["same_as"]}
+    assert {*PRE_TOKENIZERS, SENTENCEPIECE} == {*VARIANTS["ids"], *VARIANTS["same_as"]}
     for pre, twin in VARIANTS["same_as"].items():
         assert PRE_TOKENIZERS[pre] == PRE_TOKENIZERS[twin]
 
@@ -107,18 +112,18 @@ def _tiny(path: Path, **changes: Any) -> GgufFile:
 
 
 def test_flags_of_a_gguf(tmp_path: Path) -> None:
-    tokenizer = tokenizer_from_gguf(_tiny(tmp_path / "a.gguf"), (258,))
+    tokenizer = tokenizer_from_gguf(_tiny(tmp_path / "a.gguf"), CONFIG)
     assert tokenizer.encode("he") == [257, 256]
     assert tokenizer.encode("he", add_special_tokens=False) == [256]
     assert tokenizer.encode("<tool><|eos|>", add_special_tokens=False, parse_special=False)[:1] == [259]
-    both = tokenizer_from_gguf(_tiny(tmp_path / "b.gguf", add_eos_token=True, add_bos_token=False), (258,))
+    both = tokenizer_from_gguf(_tiny(tmp_path / "b.gguf", add_eos_token=True, add_bos_token=False), CONFIG)
     assert both.encode("he") == [256, 258]
 
 
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"model": "llama"}, "tokenizer.ggml.model is 'llama'"),
+        ({"model": "rwkv"}, "tokenizer.ggml.model is 'rwkv'"),
         ({"pre": "klingon"}, "tokenizer.ggml.pre is 'klingon'"),
         ({"tokens": ["a", "b", "a"]}, "same token twice"),
         ({"merges": ["hello"]}, "merges has 'hello'"),
@@ -130,7 +135,7 @@ def test_flags_of_a_gguf(tmp_path: Path) -> None:
 )
 def test_a_gguf_tokenizer_that_cannot_be_had_is_refused(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
-        tokenizer_from_gguf(_tiny(tmp_path / "x.gguf", **changes), (258,))
+        tokenizer_from_gguf(_tiny(tmp_path / "x.gguf", **changes), CONFIG)
 
 
 def test_a_folder_tokenizes_as_transformers_does(random_checkpoint: Callable[..., Path]) -> None:
@@ -155,6 +160,39 @@ def test_flags_of_a_folder(random_checkpoint: Callable[..., Path], tmp_path: Pat
     assert tokenizer.chat_template == "from the config"
     (tmp_path / "chat_template.jinja").write_text("from the file")
     assert open_checkpoint(str(tmp_path)).chat_template == "from the file"
+
+
+def test_sentencepiece_text(smollm2: Path, tmp_path: Path) -> None:
+    """Text as the tokenizers library decodes it, from a GGUF and from the same as tokenizer.json."""
+    file = read_gguf(smollm2)
+    tokenizer = tokenizer_from_gguf(dataclasses.replace(file, metadata=variant(file.metadata, SENTENCEPIECE)), CONFIG)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
+    folder, library = tokenizer_from_folder(tmp_path, CONFIG), tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    for entry in GOLDEN["plain"]:
+        ids = tokenizer.encode(entry["text"], add_special_tokens=False, parse_special=False)
+        assert tokenizer.decode(ids) == library.decode(ids) == entry["text"]
+        assert folder.decode(ids) == entry["text"]
+        spaced = " " + entry["text"] if entry["text"] else ""
+        assert b"".join(map(tokenizer.token_bytes, ids)) == spaced.encode()
+    assert tokenizer.encode("a")[0] == tokenizer.bos_id == 1
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.scores"):
+        tokenizer_from_gguf(_tiny(tmp_path / "x.gguf", model="llama"), CONFIG)
+
+
+def test_a_token_beyond_the_embeddings(random_checkpoint: Callable[..., Path]) -> None:
+    """Some repositories add a padding token to the tokenizer and no row to the model."""
+    folder = random_checkpoint()
+    tokenizer = tokenizer_from_folder(folder, dataclasses.replace(CONFIG, vocab_size=1))
+    assert tokenizer.encode("<s>") == [0]
+    with pytest.raises(RequestError, match="no embedding for the token '</s>'"):
+        tokenizer.encode("<s></s>")
+
+
+def test_another_kind_of_decoder_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="decoder is WordPiece; supported: ByteLevel"):
+        backend = tokenizers.Tokenizer(tokenizers.models.WordPiece({"a": 0}))
+        backend.decoder = tokenizers.decoders.WordPiece()
+        Tokenizer(backend)
 
 
 def test_a_folder_without_a_tokenizer(random_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
