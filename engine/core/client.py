@@ -51,10 +51,11 @@ OnLoading = Callable[[str, float], None]
 def engine_environment(options: EngineOptions) -> dict[str, str]:
     """Variables that must be set before the engine process starts, because libraries read them at import.
 
-    OpenMP threads spin after a parallel region, because the next one usually follows at once; bounded here to about a
-    millisecond whatever OMP_WAIT_POLICY says, so that an idle engine costs nothing.
+    OpenMP threads spin before and after a parallel region, because the next one usually follows at once. GNU's default,
+    300,000 turns, is several milliseconds: where another program wants the core, too, every region may cost that much.
+    Here it is under a millisecond, whatever OMP_WAIT_POLICY says, so that an idle engine costs nothing either.
     """
-    environment = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "1"}
+    environment = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
     if options.threads is not None:
         environment["OMP_NUM_THREADS"] = str(options.threads)
     return environment

@@ -62,6 +62,8 @@ class Attention:
                 view = caches.narrow(1, span.first + start, end - start).transpose(1, 2).unsqueeze(1)
                 self._views.append(view.unbind(0))
             else:
+                missing = -(-end // block_size) - len(span.blocks)  # of a masked tile: any block will do
+                span.blocks = F.pad(span.blocks, (0, missing))
                 self._views.append(None)
             self._masks.append(self._mask(span, start, end))
 
@@ -109,7 +111,10 @@ class Attention:
         start, end = self._keys(span)
         cache = self._caches[2 * layer : 2 * layer + 2]
         blocks = cache.view(2, -1, self._block_size * cache.shape[2] * cache.shape[3])
-        tokens = blocks.index_select(1, span.blocks).view(2, -1, *cache.shape[2:]).narrow(1, start, end - start)
+        tokens = blocks.index_select(1, span.blocks).view(2, -1, *cache.shape[2:])
+        if tokens.shape[1] < end:  # a block may be smaller than a tile of keys
+            tokens = F.pad(tokens, (0, 0, 0, 0, 0, end - tokens.shape[1]))
+        tokens = tokens.narrow(1, start, end - start)
         k, v = tokens.transpose(1, 2).unsqueeze(1).unbind(0)
         return k, v
 

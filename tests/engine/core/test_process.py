@@ -299,3 +299,71 @@ def test_the_front_end_imports_no_torch() -> None:
 def test_environment() -> None:
     assert engine_environment(EngineOptions(threads=3))["OMP_NUM_THREADS"] == "3"
     assert "OMP_NUM_THREADS" not in engine_environment(EngineOptions())
+
+
+# The real engine.
+
+
+def real(checkpoint: Path) -> EngineClient:
+    options = EngineOptions(model=str(checkpoint), dtype="float32", kv_cache_tokens=1024, block_size=16, threads=1)
+    return EngineClient(options)
+
+
+def real_request(id: str, max_tokens: int = 12) -> Request:
+    return Request(
+        id=id, prompt=[5, 6, 7], params=SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+    )
+
+
+def test_real_engine_killed_cancelled_idle(random_checkpoint: Callable[..., Path]) -> None:
+    async def run() -> None:
+        client = real(random_checkpoint())
+        stages = []
+        try:
+            info = await client.start(lambda stage, fraction: stages.append(stage))
+            assert stages[0] == "libraries" and "weights" in stages and info.num_blocks == 64
+            text = await tokens_of(client, real_request("first"))
+            assert len(text) == 12
+
+            # A request that is left frees its blocks.
+            async with aclosing(client.generate(real_request("left", 400))) as outputs:
+                await anext(outputs)
+            await until(lambda: client.stats.running == 0 and client.stats.blocks_used == 0)
+            assert client.stats.generation_tokens < 400
+
+            # OpenMP's threads and ours sleep when there is nothing to do.
+            assert await idle_share(pid_of(client)) < 0.05
+
+            # Killed with several in flight: each fails with a sentence, the next ones are answered as before.
+            tasks = [asyncio.create_task(tokens_of(client, real_request(f"r{i}", 400))) for i in range(4)]
+            await until(lambda: client.stats.running == 4)
+            os.kill(pid_of(client), signal.SIGKILL)
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                assert isinstance(result, EngineDeadError) and "killed by SIGKILL" in str(result)
+            assert not client.health()[0]
+            await until(lambda: client.state == "ready", seconds=60)
+            assert await tokens_of(client, real_request("after")) == text
+        finally:
+            await client.stop()
+
+    asyncio.run(run())
+
+
+def test_real_engine_refuses_and_fails_to_load(random_checkpoint: Callable[..., Path]) -> None:
+    async def run() -> None:
+        client = real(random_checkpoint())
+        try:
+            await client.start()
+            long = Request(id="long", prompt=[5] * 600, params=SamplingParams())
+            with pytest.raises(RequestError, match="600") as refusal:
+                await tokens_of(client, long)
+            assert refusal.value.code == "context_length_exceeded"
+            assert len(await tokens_of(client, real_request("next"))) == 12
+        finally:
+            await client.stop()
+        client = real(Path("/nowhere/model.gguf"))
+        with pytest.raises(EngineDeadError, match="there is no model"):
+            await client.start()
+        await client.stop()
+
+    asyncio.run(run())
