@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_machine_code(
     if x == "fp16":
         # No exchange between threads; on Hopper the dot runs on while the next tile is dequantised.
         assert not [op for op in code.loop if op.split(".")[0] in ("SHFL", "STS", "PRMT")]
-        assert gpu is not H100 or "pendings = 1" in ttgir
+        assert gpu is not H100 or re.search(r"warp_group_dot_wait .*pendings = [1-9]", ttgir)
     programs = 65536 // (code.registers * tile.num_warps * 32)  # of one multiprocessor's register file
     assert programs >= (2 if m <= 64 else 1)
 
