@@ -10,6 +10,8 @@ from __future__ import annotations
 import array
 import hashlib
 
+FEW = 8  # fewer than one block in so many being empty counts as a full pool
+
 
 def root_hash(salt: str) -> bytes:
     """The parent of a sequence's first block. Sequences of different salts never share a block."""
@@ -31,6 +33,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, contiguous: bool = False):
         self.num_blocks = num_blocks
         self.num_free = num_blocks
+        self._num_empty = num_blocks  # free and not cached
         self.contiguous = contiguous
         self._refs = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
@@ -66,7 +69,9 @@ class BlockPool:
             self.num_free -= 1
             self._refs[after] = 1
             content = self._hashes[after]
-            if content is not None:
+            if content is None:
+                self._num_empty -= 1
+            else:
                 del self._cached[content]
                 self._hashes[after] = None
             blocks.append(after)
@@ -90,7 +95,9 @@ class BlockPool:
             self.num_free += 1
             if self._hashes[block] is not None:
                 self._link(block, before=self._lru)
-            elif self.contiguous and block != blocks[0]:
+                continue
+            self._num_empty += 1
+            if self.contiguous and block != blocks[0]:
                 self._link(block, before=self._empty)  # the inside of a sequence is a poor start for another one
             else:
                 self._link(block, before=self._next[self._empty])  # reused first, while the device's own caches know it
@@ -99,12 +106,12 @@ class BlockPool:
         """The free block to give out next; `wanted` with this one. O(1) for each block given out."""
         empty = self._next[self._empty]
         if self.contiguous and after is not None:
-            # The neighbour, if it is free and costs the cache nothing more than any other choice would: while there are
-            # empty blocks nothing need be evicted; once there are none, some content has to go, and a sequence in one
-            # piece is worth more than the exact order of eviction.
+            # The neighbour, if it is free. While many blocks are empty, no cached content is given up for it. Once the
+            # cache has filled the pool, something is evicted for nearly every block that is given out, and a sequence
+            # in one piece is worth more than the exact order of eviction.
             neighbour = after + 1
             free = neighbour < self.num_blocks and self._refs[neighbour] == 0
-            if free and (self._hashes[neighbour] is None or empty == self._empty):
+            if free and (self._hashes[neighbour] is None or self._num_empty * FEW <= self.num_blocks):
                 return neighbour
         if empty != self._empty:
             return empty

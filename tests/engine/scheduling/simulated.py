@@ -109,6 +109,7 @@ class SimulatedRunner:
         assert len({chunk.sequence.id for chunk in chunks}) == len(chunks)
         assert sum(chunk.length for chunk in chunks) == schedule.num_tokens <= self.max_num_batched_tokens
         assert [chunk.length == 1 for chunk in chunks] == [i < schedule.num_decodes for i in range(len(chunks))]
+        assert not set(schedule.preempted) & {chunk.sequence for chunk in chunks}
         for chunk in chunks:
             sequence, end = chunk.sequence, chunk.start + chunk.length
             assert not chunk.stale
