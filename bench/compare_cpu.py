@@ -31,6 +31,7 @@ from engine.errors import FenError
 STREAMS = 16
 STREAM_PROMPT = 100
 NEW_TOKENS = 64
+EXACT = "transformers float32"
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -71,8 +72,8 @@ METRICS = [
 ]
 NOTES = f"""\
 Tokens a second. decode: one stream, {NEW_TOKENS} tokens after a prompt of that length, the prompt's time not counted.
-prefill: until the first token. {STREAMS} streams: {STREAMS} prompts of {STREAM_PROMPT} tokens given together, {NEW_TOKENS} new tokens each,
-all of them over the whole time, prompts included."""
+prefill: until the first token. {STREAMS} streams: as many prompts of {STREAM_PROMPT} tokens given together, {NEW_TOKENS} new tokens
+each, all of these over the whole time, prompts included."""
 
 
 def verdict(ratio: float, least: float, aim: float | None) -> str:
@@ -175,7 +176,7 @@ def start_engines(
 def measure(
     workers: dict[str, Worker], prose: list[int], metrics: list[Metric], repetitions: int
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[int]], list[float]]:
-    """-> rates[engine][metric], the tokens each engine gave for the first metric, shares of the CPUs that others used."""
+    """-> rates[engine][metric], each engine's tokens for the first metric, the shares of the CPUs that others used."""
     rates: dict[str, dict[str, list[float]]] = {name: {metric.name: [] for metric in metrics} for name in workers}
     texts: dict[str, list[int]] = {}
     disturbances: list[float] = []
@@ -189,8 +190,7 @@ def measure(
             for name, worker in workers.items():
                 disturbance = Disturbance(worker.pid, os.getpid())
                 timing = worker.generate(prompts, metric.new_tokens)
-                share = disturbance.share()
-                disturbances += [] if share is None else [share]
+                disturbances.append(disturbance.share())
                 rates[name][metric.name].append(metric.rate(timing))
                 texts.setdefault(name, timing.tokens[0])
     return rates, texts, disturbances
@@ -198,7 +198,7 @@ def measure(
 
 def agreement(tokens: list[int], reference: list[int]) -> int:
     """How many tokens from the first on are the same."""
-    same = [a == b for a, b in zip(tokens, reference, strict=True)]
+    same = [a == b for a, b in zip(tokens, reference, strict=False)]
     return same.index(False) if False in same else len(same)
 
 
@@ -221,44 +221,47 @@ def main() -> None:
         workers, missing = start_engines(checkpoint, arguments.threads, wanted, stack)
         if "fen" in missing:
             sys.exit(f"The engine itself does not run: {missing['fen']}")
-        result: dict[str, Any] = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "device": cpu_name(),
-            "versions": versions(),
-            "model": Path(checkpoint.path).name,
-            "threads": arguments.threads,
-            "engines": {name: {"settings": w.settings, "versions": w.versions} for name, w in workers.items()},
-            "not_run": missing,
-        }
         prose = prose_tokens(checkpoint.tokenizer)
         rates, texts, disturbances = measure(workers, prose, METRICS, arguments.repetitions)
-    reference = texts.get("transformers float32")
-    result["rates"] = rates
-    result["others_cpu_share"] = (
-        {"median": statistics.median(disturbances), "max": max(disturbances)} if disturbances else None
-    )
-    if reference:
-        result["tokens_as_float32"] = {name: agreement(tokens, reference) for name, tokens in texts.items()}
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": cpu_name(),
+        "versions": versions(),
+        "model": Path(checkpoint.path).name,
+        "threads": arguments.threads,
+        "repetitions": arguments.repetitions,
+        "engines": {name: {"settings": w.settings, "versions": w.versions} for name, w in workers.items()},
+        "not_run": missing,
+        "tokens_per_second": rates,
+        "tokens_as_float32": {name: agreement(tokens, texts.get(EXACT, [])) for name, tokens in texts.items()},
+        "others_cpu_share": {"median": statistics.median(disturbances), "max": max(disturbances)},
+    }
     write_json(arguments.json, result)
-
-    print(f"{result['model']} on {result['device']}, {arguments.threads} threads, commit {result['commit']}")
-    print(f"Medians of {arguments.repetitions} (smallest to largest), engines taking turns.\n{NOTES}\n")
-    print(table(rates, METRICS) + "\n")
-    for name, worker in workers.items():
-        print(
-            f"{name}: {worker.settings}; {', '.join(f'{key} {value}' for key, value in worker.versions.items() if key != 'system')}"
-        )
-    for name, reason in missing.items():
-        print(f"{name}: not run, {reason}")
-    if reference:
-        counts = ", ".join(f"{name} {count}" for name, count in result["tokens_as_float32"].items())
-        print(f"Greedy tokens equal to transformers float32 from the first on, of {len(reference)}: {counts}")
-    if disturbances:
-        print(
-            f"Other processes used {max(disturbances):.0%} of the CPUs at worst, {statistics.median(disturbances):.0%} in the median."
-        )
+    print(render(result))
     print(f"kept in {arguments.json}")
+
+
+def render(result: dict[str, Any]) -> str:
+    """The page of a result as `main` keeps it: what was measured on what, the table, what each engine ran with."""
+    lines = [
+        f"{result['model']} on {result['device']}, {result['threads']} threads, commit {result['commit']}",
+        f"Medians of {result['repetitions']} (smallest to largest), engines taking turns.",
+        NOTES,
+        "",
+        table(result["tokens_per_second"], METRICS),
+        "",
+    ]
+    for name, engine in result["engines"].items():
+        numbers = ", ".join(f"{key} {value}" for key, value in engine["versions"].items() if key != "system")
+        lines.append(f"{name}: {engine['settings']}; {numbers}")
+    lines += [f"{name}: not run, {reason}" for name, reason in result["not_run"].items()]
+    if EXACT in result["engines"]:
+        counts = ", ".join(f"{name} {count}" for name, count in result["tokens_as_float32"].items())
+        lines.append(f"Greedy tokens equal to {EXACT} from the first on, of {NEW_TOKENS + 1}: {counts}")
+    share = result["others_cpu_share"]
+    lines.append(f"Other processes used {share['median']:.0%} of the CPUs in the median, {share['max']:.0%} at worst.")
+    return "\n".join(lines)
 
 
 def _say(text: str) -> None:

@@ -15,7 +15,7 @@ from engine.messages import EngineOptions, Request, SamplingParams
 class Timing:
     """Of prompts that were given together and completed greedily, each by the same number of new tokens.
 
-    first_seconds: until every prompt had its first token. seconds: until all were done. tokens: the new ones, by prompt.
+    first_seconds: until every prompt had its first token. seconds: until all were done. tokens: new ones, by prompt.
     """
 
     first_seconds: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -53,39 +54,28 @@ def commit() -> str:
 
 
 class Disturbance:
-    """Measures the share of all CPUs that others used since it was made; None where the system does not say."""
+    """The share of all CPUs that other processes, or other machines of the same host, used since this was made.
+
+    Reads /proc: NaN on a system without it.
+    """
 
     def __init__(self, *pids: int):
         """pids: the processes that are being measured, and so are not "others"."""
         self._pids = pids
-        self._busy, self._own, self._time = _busy_seconds(), self._own_seconds(), time.monotonic()
+        self._others, self._time = self._others_seconds(), time.monotonic()
 
-    def share(self) -> float | None:
-        busy, own, now = _busy_seconds(), self._own_seconds(), time.monotonic()
-        if busy is None or self._busy is None or own is None or self._own is None:
-            return None
-        others = (busy - self._busy) - (own - self._own)
-        return max(0.0, others / ((now - self._time) * (os.cpu_count() or 1)))
+    def share(self) -> float:
+        seconds = time.monotonic() - self._time
+        return max(0.0, (self._others_seconds() - self._others) / (seconds * (os.cpu_count() or 1)))
 
-    def _own_seconds(self) -> float | None:
-        seconds = [_process_seconds(pid) for pid in self._pids]
-        return None if None in seconds else sum(second for second in seconds if second is not None)
-
-
-def _busy_seconds() -> float | None:
-    """CPU seconds of all processes since the start, and those the hypervisor gave to other machines."""
-    try:
-        ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    except (OSError, ValueError):
-        return None
-    idle = ticks[3] + ticks[4]
-    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK")
-
-
-def _process_seconds(pid: int) -> float | None:
-    """CPU seconds of a process and of its children that ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return sum(int(field) for field in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+    def _others_seconds(self) -> float:
+        try:
+            ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+            idle = ticks[3] + ticks[4]
+            own = 0
+            for pid in self._pids:
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                own += int(fields[11]) + int(fields[12])  # user and system time of all its threads
+        except OSError:
+            return math.nan
+        return (sum(ticks) - idle - own) / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,222 @@
+"""From `fen serve` to the first token, and the memory it takes: `python -m bench.cold_start`.
+
+The clock starts with the process and stops with the first piece of text of a streamed completion that is asked for as
+soon as /ready says so. Memory is read from /proc while the server starts, answers that request and then a long prompt
+beside eight short ones: the sum of the resident sets of all its processes (pages that two of them share count twice),
+and the sum of their proportional sets (shared pages counted once).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import http.client
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.machine import commit, cpu_name, versions
+from bench.report import markdown_table, median_and_spread, write_json
+
+READY_SECONDS = 300
+SAMPLE_SECONDS = 0.05
+FIRST_TOKEN_TARGET = 8.0  # seconds
+MEMORY_TARGET = 1e9  # bytes
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def descendants(pid: int) -> list[int]:
+    """`pid` and every process below it, from /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found = [pid]
+    for process in found:
+        found += children.get(process, [])
+    return found
+
+
+def memory(pid: int) -> tuple[int, int]:
+    """Resident and proportional bytes of one process; zeros once it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0, 0
+    fields = {line.split(":")[0]: line.split()[1] for line in text.splitlines()[1:]}
+    return int(fields.get("Rss", 0)) * 1024, int(fields.get("Pss", 0)) * 1024
+
+
+class MemoryWatch(threading.Thread):
+    """Samples a process and its descendants until `stop`; keeps the largest sums."""
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self.resident = self.proportional = self.processes = 0
+        self._pid = pid
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.is_set():
+            pids = descendants(self._pid)
+            both = [memory(pid) for pid in pids]
+            self.resident = max(self.resident, sum(rss for rss, _ in both))
+            self.proportional = max(self.proportional, sum(pss for _, pss in both))
+            self.processes = max(self.processes, len(pids))
+            self._stopped.wait(SAMPLE_SECONDS)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()
+
+
+def complete(port: int, prompt: str, max_tokens: int) -> float:
+    """Asks for a streamed completion; returns time.monotonic() of its first piece of text. RuntimeError on an error."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if response.status != 200:
+        raise RuntimeError(f"the server answered {response.status}: {response.read().decode()}")
+    first = None
+    for line in response:
+        if line.startswith(b"data: {"):
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise RuntimeError(f"the completion failed: {event['error']}")
+            if first is None and event["choices"] and event["choices"][0]["text"]:
+                first = time.monotonic()
+    connection.close()
+    if first is None:
+        raise RuntimeError("the completion had no text")
+    return first
+
+
+def wait_ready(port: int, process: subprocess.Popen[bytes]) -> float:
+    """time.monotonic() when /ready answered 200. RuntimeError if the server ends or is not ready in time."""
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with status {process.returncode}")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        try:
+            connection.request("GET", "/ready")
+            if connection.getresponse().status == 200:
+                return time.monotonic()
+        except OSError:
+            pass
+        finally:
+            connection.close()
+        time.sleep(0.02)
+    raise RuntimeError(f"the server was not ready after {READY_SECONDS} s")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def measure(arguments: list[str]) -> dict[str, float]:
+    """One start of `fen serve` with `arguments` added. Seconds and bytes by name. Raises RuntimeError."""
+    port = free_port()
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), *arguments]
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    watch = MemoryWatch(process.pid)
+    watch.start()
+    try:
+        ready = wait_ready(port, process)
+        first = complete(port, "The capital of France is", 16)
+        prompts = ["word " * 1500, *("Tell me about the sea." for _ in range(8))]
+        threads = [threading.Thread(target=complete, args=(port, prompt, 64)) for prompt in prompts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        watch.stop()
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    return {
+        "ready_seconds": ready - started,
+        "first_token_seconds": first - started,
+        "resident_bytes": watch.resident,
+        "proportional_bytes": watch.proportional,
+        "processes": watch.processes,
+    }
+
+
+def render(runs: list[dict[str, float]]) -> str:
+    """The runs as a markdown table with the targets."""
+
+    def row(name: str, key: str, scale: float, unit: str, target: float | None) -> list[str]:
+        values = [run[key] / scale for run in runs]
+        wanted = ""
+        if target is not None:
+            state = "met" if statistics.median(values) < target / scale else "missed"
+            wanted = f"below {target / scale:g} {unit}: {state}"
+        return [name, f"{median_and_spread(values, 1 if unit == 's' else 0)} {unit}", wanted]
+
+    return markdown_table(
+        ["", "measured", "wanted"],
+        [
+            row("ready", "ready_seconds", 1, "s", None),
+            row("first token", "first_token_seconds", 1, "s", FIRST_TOKEN_TARGET),
+            row("peak memory, resident sets added", "resident_bytes", 1e6, "MB", MEMORY_TARGET),
+            row("peak memory, shared pages once", "proportional_bytes", 1e6, "MB", None),
+        ],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cold_start",
+        description="From `fen serve` to the first token, and the memory. Other options go to fen serve.",
+    )
+    parser.add_argument("--kv-cache-tokens", type=int, default=8192)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=RESULTS / "cold_start.json", help="where the result is kept")
+    arguments, others = parser.parse_known_args()
+    if not os.path.exists("/proc/self/smaps_rollup"):
+        sys.exit("This needs /proc/PID/smaps_rollup, which only Linux has.")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # ends the server as well
+    serve_arguments = ["--kv-cache-tokens", str(arguments.kv_cache_tokens), *others]
+    try:
+        runs = [measure(serve_arguments) for _ in range(arguments.repetitions)]
+    except RuntimeError as error:
+        sys.exit(f"{error}. Command: fen serve {' '.join(serve_arguments)}")
+    result: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": cpu_name(),
+        "versions": versions(),
+        "arguments": serve_arguments,
+        "runs": runs,
+    }
+    write_json(arguments.json, result)
+    processes = max(int(run["processes"]) for run in runs)
+    print(f"fen serve {' '.join(serve_arguments)} on {result['device']}, commit {result['commit']}")
+    print(f"Medians of {len(runs)} (smallest to largest), {processes} processes.\n")
+    print(render(runs))
+    print(f"kept in {arguments.json}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""fen bench latency on small models, from end to end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench import latency
+from engine.checkpoint import open_checkpoint
+from engine.errors import CapacityError
+from engine.messages import EngineOptions
+
+
+def test_the_table_and_the_json(
+    random_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(latency, "LARGE_BUFFER", 1 << 20)
+    path = tmp_path / "latency.json"
+    options = EngineOptions(model=str(random_checkpoint()), dtype="float32", threads=1)
+    latency.run(options, prompt_tokens=32, new_tokens=8, repetitions=3, json_path=str(path))
+    printed = capsys.readouterr().out
+    assert "| pp32 " in printed and "| tg8 " in printed and "GB/s" in printed and "GFLOP/s" in printed
+    result = json.loads(path.read_text())
+    assert len(result["prefill"]) == len(result["decode"]) == 3
+    assert min(*result["prefill"], *result["decode"], result["read_bandwidth"], result["matmul_rate"]) > 0
+    assert result["dtype"] == "float32" and result["threads"] == 1
+
+
+def test_bytes_of_a_token_and_flops_of_a_prompt(random_checkpoint: Callable[..., Path]) -> None:
+    untied = open_checkpoint(str(random_checkpoint()))
+    tied = open_checkpoint(str(random_checkpoint(tie_word_embeddings=True)))
+    matrices = 2 * ((64 + 2 * 32) * 64 + 64 * 64 + 3 * 160 * 64)
+    norms = 5 * 64
+    head = 512 * 64
+    assert latency.bytes_read(untied) == latency.bytes_read(tied) == 4 * (matrices + norms + head)
+    attention = 2 * 2 * 4 * 16 * sum(range(1, 11)) * 2
+    assert latency.prompt_flops(untied, 10) == 2 * matrices * 10 + attention + 2 * head
+
+
+@pytest.mark.parametrize("field", ["prompt_tokens", "new_tokens", "repetitions"])
+def test_what_cannot_be_measured_is_refused(field: str) -> None:
+    with pytest.raises(CapacityError, match=f"{field} must be at least 1, not 0"):
+        latency.run(EngineOptions(), **{field: 0})
