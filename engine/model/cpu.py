@@ -32,7 +32,8 @@ class CpuBackend:
     def allocate(self, num_blocks: int) -> None:
         """Zeroed pages. The memory is taken from the system only as pages are written."""
         config = self.config
-        slots = num_blocks * self.block_size + KEY_TILE  # attention may read a masked tile beyond the last block
+        spare = max(1, KEY_TILE // self.block_size)  # attention may read a masked tile beyond the last block
+        slots = (num_blocks + spare) * self.block_size
         shape = (2 * config.num_layers, slots, config.num_kv_heads, config.head_dim)
         zeros = np.zeros(shape, np.float32 if self.cache_dtype == torch.float32 else np.uint16)
         self.cache = torch.from_numpy(zeros).view(self.cache_dtype)

@@ -13,7 +13,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-QUERY_TILE = 32  # batch-invariant: SDPA's arithmetic for a query does not depend on the others from 32 rows on
+QUERY_TILE = 32  # batch-invariant: SDPA's arithmetic for a query does not depend on the others in whole tiles
 KEY_TILE = 64  # nor on how many keys are masked, if their number is a multiple of this
 
 
@@ -79,7 +79,7 @@ class Attention:
         for i, span in enumerate(self._spans):
             k, v = (x.to(q.dtype) for x in self._kv(i, layer))
             x = q.narrow(0, span.row, span.rows)
-            padding = max(0, QUERY_TILE - span.rows) if self._invariant else 0
+            padding = -span.rows % QUERY_TILE if self._invariant else 0
             if padding:
                 x = F.pad(x, (0, 0, 0, 0, 0, padding))
             mask = self._masks[i]
@@ -123,7 +123,8 @@ class Attention:
         context = span.length - span.rows
         if not self._invariant and (span.rows == 1 or (context == 0 and (not self._window or end <= self._window))):
             return None
-        queries = torch.arange(context, context + max(span.rows, QUERY_TILE if self._invariant else 0)).unsqueeze(1)
+        padding = -span.rows % QUERY_TILE if self._invariant else 0
+        queries = torch.arange(context, span.length + padding).unsqueeze(1)
         keys = torch.arange(start, end)
         seen = keys <= queries
         if self._window:
