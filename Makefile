@@ -29,8 +29,8 @@ lint: $(DEV)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	@lines=$$(find engine kernels -name '*.py' -exec cat {} + | wc -l); \
-	echo "engine/ + kernels/: $$((lines)) lines of 6000"; test $$lines -le 6000
+	@lines=$$(find engine kernels -name '*.py' -exec cat {} + | grep -c '[^[:space:]]'); \
+	echo "engine/ + kernels/: $$lines lines of 6000, blank ones not counted"; test $$lines -le 6000
 
 format: $(DEV)
 	$(PY) -m ruff check --fix .

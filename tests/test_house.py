@@ -60,8 +60,8 @@ def test_imports_point_down() -> None:
 
 
 def test_the_core_is_small() -> None:
-    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in sources("engine", "kernels"))
-    assert lines <= 6000
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources("engine", "kernels"))
+    assert sum(not line.isspace() and line != "" for line in text.splitlines()) <= 6000
 
 
 def test_no_file_needs_a_tenth_screen() -> None:

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -168,10 +167,10 @@ def model(smollm2: Path) -> list[str]:
 
 
 def test_run_prints_the_completion_and_nothing_else(model: list[str]) -> None:
-    result = fen_process("run", "The capital of France is", "--max-tokens", "18", "--dtype", "float32", *model)
+    result = fen_process("run", "The capital of France is", "--max-tokens", "19", "--dtype", "float32", *model)
     assert result.returncode == 0, result.stderr
     assert result.stdout == " Paris.\n\nThe answer is: 2018-01-22\n"
-    assert "18 tokens" in result.stderr and "tokens/s" in result.stderr
+    assert "19 tokens" in result.stderr and "tokens/s" in result.stderr
 
 
 def test_run_reads_standard_input_and_ends_before_a_stop(model: list[str]) -> None:
@@ -220,20 +219,17 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(server: LiveServer) -> None:
     command = [sys.executable, "-u", "-m", "server.cli", "chat", "--url", server.url, "--temperature", "0"]
     question = "Count from 1 to 500, one number a line, and leave none out."
     with subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
     ) as process:
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(f"{question}\n")
-        process.stdin.flush()
-        os.set_blocking(process.stdout.fileno(), False)
-        seen, deadline = "", time.monotonic() + 60
-        while "Ctrl-C" not in seen or len(seen.partition("> ")[2]) < 10:
-            assert time.monotonic() < deadline and process.poll() is None, seen
-            seen += process.stdout.read() or ""
-            time.sleep(0.02)
+        process.stdin.write(f"{question}\n".encode())
+        seen = b""
+        while len(seen.partition(b"> ")[2]) < 10:
+            data = process.stdout.read(1024)
+            assert data, seen
+            seen += data
         process.send_signal(signal.SIGINT)
-        os.set_blocking(process.stdout.fileno(), True)
-        out, _ = process.communicate("/exit\n", timeout=30)
+        out, _ = process.communicate(b"/exit\n", timeout=60)
     assert process.returncode == 0, out
-    assert "stopped" in seen + out
+    assert b"stopped" in seen + out
     server.wait_idle()
