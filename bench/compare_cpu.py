@@ -72,8 +72,8 @@ METRICS = [
 ]
 NOTES = f"""\
 Tokens a second. decode: one stream, {NEW_TOKENS} tokens after a prompt of that length, the prompt's time not counted.
-prefill: until the first token. {STREAMS} streams: as many prompts of {STREAM_PROMPT} tokens given together, {NEW_TOKENS} new tokens
-each, all of these over the whole time, prompts included."""
+prefill: until the first token. {STREAMS} streams: as many prompts of {STREAM_PROMPT} tokens given together,
+{NEW_TOKENS} new tokens each, all of these over the whole time, prompts included."""
 
 
 def verdict(ratio: float, least: float, aim: float | None) -> str:

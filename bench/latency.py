@@ -145,7 +145,7 @@ def render(info: EngineInfo, latency: Latency, prompt_tokens: int, new_tokens: i
         [
             f"{info.model}, {info.quantization}, {info.dtype} activations, {info.device}",
             markdown_table(["test", "tokens/s", "achieved", "of the limit measured here"], rows),
-            f"Medians of {len(latency.decode)} (smallest to largest). Bandwidth read from a buffer of the weights' size; "
+            f"Medians of {len(latency.decode)}, smallest to largest. Bandwidth of reading the weights' size; "
             f"{latency.read_bandwidth_large / 1e9:.1f} GB/s over {LARGE_BUFFER >> 20:,} MiB.",
         ]
     )
