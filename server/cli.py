@@ -93,7 +93,6 @@ def chat(
     max_tokens: MaxTokens = 1024,
 ) -> None:
     """Talk to a model in the terminal."""
-    _check_installation()
     from rich.console import Console
 
     from server.terminal_chat import RemoteModel, converse
@@ -132,7 +131,6 @@ def run(
 
     Prints what follows it; the timing goes to standard error.
     """
-    _check_installation()
     params = SamplingParams(
         temperature=temperature, top_p=top_p, max_tokens=max_tokens, stop=tuple(stop or ()), seed=engine.seed
     )
@@ -193,19 +191,27 @@ def version() -> None:
 
 @bench.command()
 @engine_options
-def latency(engine: EngineOptions) -> None:
+def latency(
+    engine: EngineOptions,
+    prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the answer.")] = 128,
+    repetitions: Annotated[int, typer.Option(min=1, metavar="N", help="Of which the median is printed.")] = 5,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the result there, too.")] = None,
+) -> None:
     """Measure one stream.
 
-    A prompt of 512 tokens (pp512), then an answer of 128 (tg128), as llama-bench has it.
+    Tokens a second of a prompt (pp512) and of an answer (tg128), as llama-bench has them, beside the limits of this
+    machine, which are measured in the same run.
     """
     _check_installation()
-    from bench.latency import main
+    from bench.latency import run
 
-    main(engine)
+    run(engine, prompt_tokens, new_tokens, repetitions, json)
 
 
 def _start(engine: EngineOptions) -> LocalModel:
     """An engine of one's own, with a progress line on standard error while it loads."""
+    _check_installation()
     from rich.console import Console
 
     from server.local_model import LocalModel
