@@ -15,7 +15,7 @@ FOUR_BIT = ("Q4_0", "Q4_1")
 
 
 def four_bit_parts(raw: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """raw uint8 [N, bytes of a row], kind in FOUR_BIT -> q uint8 [N, K] in 0..15, d and m fp16 [N, K/32]: w = q d + m."""
+    """raw uint8 [N, bytes of a row], kind in FOUR_BIT -> q uint8 [N, K] in 0..15, d, m fp16 [N, K/32]: w = q d + m."""
     q, d, m, _ = from_gguf(raw, kind)
     return q, d, m
 

@@ -1,4 +1,4 @@
-"""Turns schedules into tensors and computation on a CPU. A step is computed as it is launched: nothing stays in flight."""
+"""Turns schedules into tensors and computation on a CPU. A step is computed as it is launched: none stays in flight."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ class Runner:
         torch.set_grad_enabled(False)
         self.config = config = checkpoint.config
         dtype = _dtype(options.dtype)
-        self._invariant = (
-            options.batch_invariant if options.batch_invariant is not None else dtype == torch.float32
-        )
+        self._invariant = options.batch_invariant if options.batch_invariant is not None else dtype == torch.float32
         available = available_memory()
         dense_bytes = 2 * checkpoint.parameters
         self._plan = plan(dtype, self._invariant, available // 8, dense_bytes)
@@ -201,10 +199,11 @@ class Runner:
             tokens = min(4 * context, available // 4 // self.backend.kv_bytes_per_token)
         else:
             tokens = options.kv_cache_tokens
-            if tokens * self.backend.kv_bytes_per_token > available:
+            size = tokens * self.backend.kv_bytes_per_token
+            if size > available:
                 raise CapacityError(
-                    f"A KV cache of {tokens} tokens takes {tokens * self.backend.kv_bytes_per_token / 2**30:.1f} GiB and "
-                    f"{available / 2**30:.1f} GiB of memory are free; choose a smaller --kv-cache-tokens."
+                    f"A KV cache of {tokens} tokens takes {size / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of "
+                    "memory are free; choose a smaller --kv-cache-tokens."
                 )
         blocks = tokens // self.block_size
         if blocks < 1:

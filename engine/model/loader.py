@@ -37,7 +37,9 @@ class _Loader:
         layers = [self.layer(f"model.layers.{i}.") for i in range(config.num_layers)]
         table = self.tensors["model.embed_tokens.weight"]
         raw = self.read(table.name)
-        head = CpuLinear(*self.raw("model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"), None, self.plan)
+        head = CpuLinear(
+            *self.raw("model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"), None, self.plan
+        )
         return Decoder(
             config=config,
             backend=CpuBackend(config, self.plan, block_size),

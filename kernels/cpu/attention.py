@@ -13,8 +13,11 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-QUERY_TILE = 32  # batch-invariant: SDPA's arithmetic for a query does not depend on the others in whole tiles
-KEY_TILE = 64  # nor on how many keys are masked, if their number is a multiple of this
+# Batch-invariant: what SDPA computes for a query depends neither on the other queries nor on how many keys are masked,
+# if there are whole tiles of both. It takes larger tiles, with other sums, from 192 queries on: hence the slabs.
+QUERY_TILE = 32
+QUERY_SLAB = 160
+KEY_TILE = 256  # sums over keys are taken in parts of this many
 
 
 @dataclasses.dataclass(slots=True)
@@ -78,20 +81,21 @@ class Attention:
         out = torch.empty(tokens, heads, dim, dtype=q.dtype)
         for i, span in enumerate(self._spans):
             k, v = (x.to(q.dtype) for x in self._kv(i, layer))
-            x = q.narrow(0, span.row, span.rows)
-            padding = -span.rows % QUERY_TILE if self._invariant else 0
-            if padding:
-                x = F.pad(x, (0, 0, 0, 0, 0, padding))
             mask = self._masks[i]
-            y = F.scaled_dot_product_attention(
-                x.transpose(0, 1).unsqueeze(0),
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None and span.rows > 1,
-                enable_gqa=heads != kv_heads,
-            )
-            out.narrow(0, span.row, span.rows).copy_(y[0, :, : span.rows].transpose(0, 1))
+            for first in range(0, span.rows, QUERY_SLAB if self._invariant else span.rows):
+                count = min(span.rows - first, QUERY_SLAB) if self._invariant else span.rows
+                x = q.narrow(0, span.row + first, count)
+                if self._invariant:
+                    x = F.pad(x, (0, 0, 0, 0, 0, -count % QUERY_TILE))
+                y = F.scaled_dot_product_attention(
+                    x.transpose(0, 1).unsqueeze(0),
+                    k,
+                    v,
+                    attn_mask=mask[first : first + x.shape[0]] if mask is not None else None,
+                    is_causal=mask is None and count > 1,
+                    enable_gqa=heads != kv_heads,
+                )
+                out.narrow(0, span.row + first, count).copy_(y[0, :, :count].transpose(0, 1))
         return out.view(tokens, heads * dim)
 
     def _keys(self, span: Span) -> tuple[int, int]:

@@ -121,15 +121,17 @@ def _int4(raw: torch.Tensor, kind: str) -> Callable[[torch.Tensor], torch.Tensor
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
     scales = torch.stack([d.float(), m.float() + 8 * d.float()], -1).transpose(0, 1).bfloat16().contiguous()
     op = torch.ops.aten._weight_int4pack_mm_for_cpu
-    return lambda x: op(x, packed, 32, scales)  # type: ignore[no-any-return]
+    return lambda x: op(x, packed, 32, scales)
 
 
 def _packed(raw: torch.Tensor, kind: str, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight = torch.cat([dequantize(rows, kind, dtype) for rows in raw.split(SLAB)]) if len(raw) > SLAB else (
-        dequantize(raw, kind, dtype)
+    weight = (
+        torch.cat([dequantize(rows, kind, dtype) for rows in raw.split(SLAB)])
+        if len(raw) > SLAB
+        else (dequantize(raw, kind, dtype))
     )
     if "onednn" not in cpu_features():
         return lambda x: F.linear(x, weight)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
     op = torch.ops.mkldnn._linear_pointwise
-    return lambda x: op(x, packed, None, "none", [], "")  # type: ignore[no-any-return]
+    return lambda x: op(x, packed, None, "none", [], "")

@@ -1,0 +1,109 @@
+"""The CPU's attention over the paged cache against plain float32 attention over gathered keys and values."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.cpu.attention import KEY_TILE, Attention, Span
+
+LAYERS, BLOCKS, POISON = 2, 40, 1e4
+
+
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
+    """q [rows, H, D], the last of `length` positions; k, v [length, Hkv, D] -> [rows, H, D], float64."""
+    rows, heads, dim = q.shape
+    group = heads // k.shape[1]
+    k, v = (x[:length].double().repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k) / dim**0.5
+    queries = torch.arange(length - rows, length)[:, None]
+    keys = torch.arange(length)
+    seen = (keys <= queries) & (keys > queries - (window or length))
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sequences=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 100)), min_size=1, max_size=4),
+    decode=st.booleans(),
+    kv_heads=st.sampled_from([1, 2, 3]),
+    group=st.sampled_from([1, 3, 4, 7]),
+    dim=st.sampled_from([16, 64, 96]),
+    block_size=st.sampled_from([16, 64]),
+    window=st.sampled_from([None, 1, 20, 64]),
+    scattered=st.booleans(),
+    invariant=st.booleans(),
+    dtypes=st.sampled_from(
+        [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+    ),
+    seed=st.integers(0, 1000),
+)
+def test_attention(
+    sequences: list[tuple[int, int]],
+    decode: bool,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    block_size: int,
+    window: int | None,
+    scattered: bool,
+    invariant: bool,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    seed: int,
+) -> None:
+    """`sequences`: rows in the step and positions before them. Pages that belong to none are poisoned."""
+    cache_dtype, dtype = dtypes
+    torch.manual_seed(seed)
+    cache = torch.full((2 * LAYERS, BLOCKS * block_size + KEY_TILE, kv_heads, dim), POISON, dtype=cache_dtype)
+    free = list(range(BLOCKS))
+    if scattered:
+        random.Random(seed).shuffle(free)
+    spans, expected, row, layer = [], [], 0, seed % LAYERS
+    q = torch.randn(sum(1 if decode else rows for rows, _ in sequences), kv_heads * group, dim)
+    for rows, context in sequences:
+        rows = 1 if decode else rows
+        length = context + rows
+        blocks = [free.pop(0) for _ in range(-(-length // block_size))]
+        positions = torch.arange(length)
+        slots = torch.tensor(blocks)[positions // block_size] * block_size + positions % block_size
+        kv = torch.randn(2, length, kv_heads, dim).to(cache_dtype)
+        cache[2 * layer : 2 * layer + 2, slots] = kv
+        spans.append(Span(row, rows, length, blocks[0] * block_size, torch.tensor(blocks) if scattered else None))
+        expected.append(plain(q[row : row + rows], *kv, length, window))
+        row += rows
+    attention = Attention(spans, cache, block_size, dtype, window, invariant)
+    out = attention(q.to(attention.dtype), layer)
+    reference = torch.cat(expected).flatten(1)
+    tolerance = 2e-2 if torch.bfloat16 in (cache_dtype if attention.decode_only else dtype, attention.dtype) else 1e-5
+    assert out.shape == reference.shape
+    assert (out.double() - reference).abs().max() < tolerance * max(1.0, reference.abs().max().item())
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_batch_invariant(dim: int) -> None:
+    """A query's result has the same bits computed alone, in any chunk, and with scattered blocks."""
+    torch.manual_seed(0)
+    length, block_size = 900, 64
+    blocks = torch.randperm(20)[:15]
+    kv = torch.randn(2, length, 2, dim)
+    positions = torch.arange(length)
+    caches = []
+    for table in (torch.arange(15), blocks):
+        cache = torch.zeros(2, 24 * block_size, 2, dim)
+        cache[:, table[positions // block_size] * block_size + positions % block_size] = kv
+        caches.append(cache)
+    q = torch.randn(length, 6, dim)
+
+    def chunk(start: int, rows: int, scattered: bool) -> torch.Tensor:
+        span = Span(0, rows, start + rows, 0, blocks.clone() if scattered else None)
+        attention = Attention([span], caches[scattered], block_size, torch.float32, None, True)
+        return attention(q[start : start + rows], 0)
+
+    whole = chunk(0, length, False)
+    for start, rows in ((0, 1), (0, 33), (5, 64), (63, 2), (64, 200), (300, 513), (511, 1), (899, 1)):
+        for scattered in (False, True):
+            assert torch.equal(chunk(start, rows, scattered), whole[start : start + rows]), (start, rows, scattered)
