@@ -294,13 +294,14 @@ def prefill_config(
 ) -> PrefillTile:
     """The tile for caches of `dtype`; the same for every batch."""
     rows = triton.next_power_of_2(heads // kv_heads)
-    tile = PrefillTile(max(128, rows), 64, 8, 2)
+    block_n = 64
+    if gpu.capability < 90 and head_dim > 64:  # the operands lie in registers there: a larger tile would spill
+        block_n = 32
+    if dtype in kv_cache.QMAX:  # as in decode
+        block_n = min(block_n, block_size)
+    tile = PrefillTile(max(128, rows), block_n, 8, 2)
     if dtype is torch.float32:
-        tile = PrefillTile(max(32, rows), 32, 4, 2)
-    elif dtype in kv_cache.QMAX:
-        # One page, as in decode. Before Hopper the operands lie in registers: a large converted tile would spill.
-        fits = 32 if gpu.capability < 90 and head_dim > 64 else 64
-        tile = dataclasses.replace(tile, block_n=min(fits, block_size))
+        tile = PrefillTile(max(64, rows), 32, 8, 2)
     return tuned(gpu, "prefill", _case(heads, kv_heads, head_dim, block_size, dtype, gpu), tile)
 
 
