@@ -48,19 +48,6 @@ COUNTERS = ("prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "ge
 OnLoading = Callable[[str, float], None]
 
 
-def engine_environment(options: EngineOptions) -> dict[str, str]:
-    """Variables that must be set before the engine process starts, because libraries read them at import.
-
-    OpenMP threads spin before and after a parallel region, because the next one usually follows at once. GNU's default,
-    300,000 turns, is several milliseconds: where another program wants the core, too, every region may cost that much.
-    Here it is under a millisecond, whatever OMP_WAIT_POLICY says, so that an idle engine costs nothing either.
-    """
-    environment = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
-    if options.threads is not None:
-        environment["OMP_NUM_THREADS"] = str(options.threads)
-    return environment
-
-
 class _Process:
     """One engine process and its two sockets, in a private directory: nothing of it survives into the next one."""
 
@@ -136,7 +123,7 @@ class EngineClient:
 
     state: "loading" | "ready" | "restarting" | "draining" | "dead"; `reason` says why it is not "ready".
     step_limit: seconds after which a step, or a process that says nothing, counts as hung, and the process is replaced.
-    environment: added to the child's; see engine_environment.
+    environment: variables that the engine process gets on top of this one's.
     """
 
     def __init__(
@@ -153,7 +140,7 @@ class EngineClient:
         self.state = "loading"
         self.reason = "the engine is starting"
         self.restarts = 0
-        self._environment = {**engine_environment(options), **(environment or {})}
+        self._environment = dict(environment or {})
         self._command = command
         self._step_limit = step_limit
         self._grace = grace

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.core.client import EngineClient, engine_environment
+from engine.core.client import EngineClient
 from engine.errors import EngineDeadError, RequestError
 from engine.messages import EngineOptions, Output, Request, SamplingParams
 
@@ -296,16 +296,11 @@ def test_the_front_end_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 
 
-def test_environment() -> None:
-    assert engine_environment(EngineOptions(threads=3))["OMP_NUM_THREADS"] == "3"
-    assert "OMP_NUM_THREADS" not in engine_environment(EngineOptions())
-
-
 # The real engine.
 
 
 def real(checkpoint: Path) -> EngineClient:
-    options = EngineOptions(model=str(checkpoint), dtype="float32", kv_cache_tokens=1024, block_size=16, threads=1)
+    options = EngineOptions(model=str(checkpoint), dtype="float32", kv_cache_tokens=1024, block_size=16, threads=2)
     return EngineClient(options)
 
 
