@@ -94,8 +94,10 @@ def test_the_command_line_starts_without_the_server_and_torch() -> None:
     assert run_python(f"import sys, server.cli\nprint(sorted({heavy!r} & sys.modules.keys()))") == "[]"
 
 
-def test_kernels_import_without_triton() -> None:
-    run_python("import sys\nsys.modules['triton'] = None\nimport kernels")
+def test_the_cpu_path_needs_no_triton() -> None:
+    run_python(
+        "import sys\nsys.modules['triton'] = None\nimport kernels, engine.core.build, engine.core.process, engine.llm"
+    )
 
 
 def pins() -> dict[str, str]:
