@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -53,3 +54,13 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes of `data`, without touching them."""
         return stored_bytes(self.dtype, self.shape)
+
+    def drop_pages(self) -> None:
+        """Gives back the memory of the file's mapping: pages that were read count as this process's until then. They
+        are read again when touched."""
+        base: Any = self.source
+        while isinstance(base, np.ndarray):
+            base = base.base
+        mapping = base.obj if isinstance(base, memoryview) else base
+        if isinstance(mapping, mmap.mmap) and hasattr(mapping, "madvise"):
+            mapping.madvise(mmap.MADV_DONTNEED)

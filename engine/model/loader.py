@@ -40,6 +40,7 @@ class _Loader:
         head = CpuLinear(
             *self.raw("model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"), None, self.plan
         )
+        table.drop_pages()
         return Decoder(
             config=config,
             backend=CpuBackend(config, self.plan, block_size),
@@ -56,7 +57,7 @@ class _Loader:
         if config.qk_norm:
             q, k = (self.rotary(self.dense(f"{attention}{x}_norm.weight")) for x in "qk")
             qk_norm = norm_weight(q), norm_weight(k), config.rms_norm_eps
-        return Layer(
+        layer = Layer(
             input_norm=norm_weight(self.dense(prefix + "input_layernorm.weight")),
             qkv=self.linear([attention + f"{x}_proj" for x in "qkv"], rotary=2),
             qk_norm=qk_norm,
@@ -65,6 +66,8 @@ class _Loader:
             gate_up=self.linear([mlp + "gate_proj", mlp + "up_proj"]),
             down=self.linear([mlp + "down_proj"]),
         )
+        self.tensors[prefix + "input_layernorm.weight"].drop_pages()
+        return layer
 
     def linear(self, names: list[str], rotary: int = 0) -> Linear:
         """The named linears as one; the first `rotary` of them make what is rotated. Parts of different formats cannot
