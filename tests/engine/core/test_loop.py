@@ -109,6 +109,7 @@ def test_random_traffic_gives_each_request_what_it_gets_alone(depth: int) -> Non
     assert 0 < wrong < 150, "only those in a failing step fail"
     assert len(requests) > 300 and core.stats().preemptions > 10
     assert set(runner.released) == set(requests)
+    assert len(runner.released) == len(requests) + core.stats().preemptions
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
@@ -224,6 +225,16 @@ def test_a_step_that_fails_as_a_whole(depth: int, where: str, caplog: pytest.Log
     assert "is broken" in caplog.text, "the log has the cause"
     core.add(make_request("a", [1] * 6, 9, ignore_eos=True))
     assert text(run(core)["a"]) == reference(make_request("x", [1] * 6, 9, ignore_eos=True), 32)
+
+
+def test_a_step_that_fails_after_its_requests_have_ended() -> None:
+    core, runner, _ = make_core(depth=1)
+    core.add(make_request("a", [1] * 6, 9, ignore_eos=True, prompt_logprobs=0))
+    core.step()
+    core.cancel(["a"])
+    runner.break_finish = True
+    assert [(output.finish_reason, output.error) for output in run(core)["a"]] == [("abort", None)]
+    assert not runner.break_finish and not core._prompt_logprobs
 
 
 def test_an_error_meant_for_users_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
