@@ -228,7 +228,7 @@ def models(report: Report) -> None:
 
     default = EngineOptions().model
     if pull.cached(default) is None:
-        report.add("Models", default, "not here yet: `fen serve` or `fen pull` fetches it (about 92 MB)")
+        report.add("Models", default, "not here yet: `fen serve` or `fen pull` fetches it (about 96 MB)")
     names = {str(path.resolve()): default if path == pull.cached(default) else str(path) for path in _gguf_files()}
     for name in [*names.values(), *_hub_models()]:
         report.add("Models", name, _verdict(name))
