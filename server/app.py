@@ -42,6 +42,10 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,
         description="An OpenAI-compatible inference server.",
+        responses={
+            "4XX": {"model": errors.ErrorReply, "description": "The request is at fault."},
+            "5XX": {"model": errors.ErrorReply, "description": "The server is; 503 says when to come back."},
+        },
     )
     app.state.service = service
     for router in (completions.router, chat.router, text_routes.router, status.router):

@@ -130,9 +130,6 @@ class GenerationBody(Body):
             raise RequestError(f"best_of must equal n ({self.n}): every choice is returned", "best_of")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed with stream: true", "stream_options")
-        limit = self.limit()
-        if limit is not None and self.min_tokens > limit:
-            raise RequestError(f"min_tokens ({self.min_tokens}) is more than max_tokens ({limit})", "min_tokens")
         return self
 
     def ignored(self) -> list[str]:

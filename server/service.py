@@ -180,4 +180,6 @@ class Service:
                 name,
                 "context_length_exceeded",
             )
+        if body.min_tokens > wanted:
+            raise RequestError(f"min_tokens ({body.min_tokens}) is more than max_tokens ({wanted})", "min_tokens")
         return wanted

@@ -1,4 +1,4 @@
-"""A live server with SmolLM2, shared by all tests of this folder, and servers of a test's own."""
+"""Live servers with SmolLM2: two that all tests of this folder share, and those of a test's own."""
 
 from __future__ import annotations
 
@@ -8,14 +8,29 @@ from typing import Any
 
 import pytest
 
+from engine.checkpoint import Tokenizer, open_checkpoint
 from tests.server.live import LiveServer, settings
 
 
 @pytest.fixture(scope="session")
 def server(smollm2: Path) -> Iterator[LiveServer]:
+    """As a user gets it."""
     live = LiveServer(settings(str(smollm2)))
     yield live
     assert live.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def exact(smollm2: Path) -> Iterator[LiveServer]:
+    """In float32, where texts can be compared whatever else is in the batch; slower."""
+    live = LiveServer(settings(str(smollm2), {"dtype": "float32"}))
+    yield live
+    assert live.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2: Path) -> Tokenizer:
+    return open_checkpoint(str(smollm2)).tokenizer
 
 
 @pytest.fixture

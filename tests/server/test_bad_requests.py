@@ -65,6 +65,7 @@ CASES = [
     completion("frequency_penalty", frequency_penalty=-2.5),
     completion("repetition_penalty", repetition_penalty=0),
     completion("min_tokens", min_tokens=2),
+    completion("min_tokens", min_tokens=17, max_tokens=None),
     completion("min_tokens", min_tokens=-1),
     completion("n", n=0),
     completion("n", n=17),
@@ -203,10 +204,10 @@ def test_body_over_8_mib(server: LiveServer) -> None:
 
 
 def test_context_length_names_both_numbers(server: LiveServer) -> None:
-    response = server.complete("word" + " word" * 2039, max_tokens=100, stream=True)
+    response = server.complete("word" + " word" * 499, max_tokens=100, stream=True)
     error = check_error(response, 400, "prompt")
     assert error["code"] == "context_length_exceeded"
-    assert "2048" in error["message"] and str(2040 + 100) in error["message"], error
+    assert "512" in error["message"] and str(500 + 100) in error["message"], error
 
 
 def test_many_mistakes_give_a_short_answer(server: LiveServer) -> None:

@@ -19,9 +19,8 @@ def joined(events: list[dict[str, Any]], index: int = 0) -> str:
     return "".join(choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in choices)
 
 
-def test_completion(server: LiveServer) -> None:
-    response = server.complete(FRANCE, max_tokens=20)
-    reply = response.json()
+def test_completion(exact: LiveServer) -> None:
+    reply = exact.complete(FRANCE, max_tokens=20).json()
     (choice,) = reply["choices"]
     assert choice["text"].startswith(GREEDY)
     assert choice["finish_reason"] == "length" and choice["stop_reason"] is None and choice["logprobs"] is None
@@ -66,13 +65,14 @@ def test_chat_content_parts_and_developer_role(server: LiveServer) -> None:
         {"echo": True, "logprobs": 0},
         {"echo": True, "max_tokens": 0, "logprobs": 2},
         {"prompt": [FRANCE, "Once upon a time", [504, 3575, 282]], "n": 2},
-        {"prompt": "Write 巴黎 🥖 and 🧑‍🚀 again: 巴黎 🥖 and 🧑‍🚀. Again: 巴黎", "max_tokens": 40},
+        {"prompt": "Write 巴黎 🥖 and 🧑‍🚀 again: 巴黎 🥖 and 🧑‍🚀. Again: 巴黎", "max_tokens": 20},
         {"temperature": 1.0, "seed": 3, "top_p": 0.9, "top_k": 40, "min_p": 0.02, "presence_penalty": 0.5},
         {"logit_bias": {"7042": -100}, "frequency_penalty": 0.3, "repetition_penalty": 1.1, "min_tokens": 4},
     ],
 )
-def test_completion_stream_equals_whole(server: LiveServer, fields: dict[str, Any]) -> None:
-    body = {"prompt": FRANCE, "max_tokens": 16, "temperature": 0, **fields}
+def test_completion_stream_equals_whole(request: pytest.FixtureRequest, fields: dict[str, Any]) -> None:
+    server: LiveServer = request.getfixturevalue("exact" if "n" in fields else "server")
+    body = {"prompt": FRANCE, "max_tokens": 12, "temperature": 0, **fields}
     whole = server.http.post("/v1/completions", json=body).json()
     events = list(server.stream("/v1/completions", **body, stream_options={"include_usage": True}))
     assert len({event["id"] for event in events}) == 1 and events[0]["object"] == "text_completion"
@@ -95,10 +95,11 @@ def test_completion_stream_equals_whole(server: LiveServer, fields: dict[str, An
 
 
 @pytest.mark.parametrize("fields", [{}, {"n": 2, "logprobs": True, "top_logprobs": 2}, {"stop": ["capital"]}])
-def test_chat_stream_equals_whole(server: LiveServer, fields: dict[str, Any]) -> None:
-    whole = server.chat(max_tokens=24, **fields).json()
+def test_chat_stream_equals_whole(request: pytest.FixtureRequest, fields: dict[str, Any]) -> None:
+    server: LiveServer = request.getfixturevalue("exact" if "n" in fields else "server")
+    whole = server.chat(max_tokens=8, **fields).json()
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    events = list(server.stream("/v1/chat/completions", messages=messages, max_tokens=24, **fields))
+    events = list(server.stream("/v1/chat/completions", messages=messages, max_tokens=8, **fields))
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
     for choice in whole["choices"]:
         parts = [part for event in events for part in event["choices"] if part["index"] == choice["index"]]
@@ -133,12 +134,12 @@ def test_stop_token_id(server: LiveServer) -> None:
     assert choice["text"] == " Paris."
 
 
-def test_logprobs_of_a_completion(server: LiveServer) -> None:
-    choice = server.complete(FRANCE, max_tokens=3, logprobs=3).json()["choices"][0]
+def test_logprobs_of_a_completion(exact: LiveServer) -> None:
+    choice = exact.complete(FRANCE, max_tokens=3, logprobs=3).json()["choices"][0]
     logprobs = choice["logprobs"]
     assert "".join(logprobs["tokens"]) == choice["text"] and logprobs["text_offset"] == [0, 6, 7]
     first = logprobs["top_logprobs"][0]
-    assert first == pytest.approx({" Paris": -0.2581, " the": -2.7407, " London": -4.3844}, abs=0.1)
+    assert first == pytest.approx({" Paris": -0.2581, " the": -2.7407, " London": -4.3844}, abs=2e-3)
     assert logprobs["token_logprobs"][0] == first[" Paris"]
 
 
@@ -155,17 +156,17 @@ def test_logprobs_of_a_chat(server: LiveServer) -> None:
     assert [entry["top_logprobs"] for entry in without] == [[], []]
 
 
-def test_echo_scores_the_prompt(server: LiveServer) -> None:
+def test_echo_scores_the_prompt(exact: LiveServer) -> None:
     """The text's own logprobs: what a model finds as it generates it must be what it says of it as a prompt."""
-    generated = server.complete(FRANCE, max_tokens=6, logprobs=1).json()["choices"][0]
+    generated = exact.complete(FRANCE, max_tokens=6, logprobs=1).json()["choices"][0]
     text = FRANCE + generated["text"]
-    echoed = server.complete(text, max_tokens=0, echo=True, logprobs=1).json()
+    echoed = exact.complete(text, max_tokens=0, echo=True, logprobs=1).json()
     (choice,) = echoed["choices"]
     assert choice["text"] == text and choice["finish_reason"] == "length"
     logprobs = choice["logprobs"]
     assert "".join(logprobs["tokens"]) == text
     assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
-    assert logprobs["token_logprobs"][5:] == pytest.approx(generated["logprobs"]["token_logprobs"], abs=0.02)
+    assert logprobs["token_logprobs"][5:] == pytest.approx(generated["logprobs"]["token_logprobs"], abs=2e-3)
     for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
         assert text[offset:].startswith(token)
     assert echoed["usage"]["completion_tokens"] == 0 and echoed["usage"]["prompt_tokens"] == 11
@@ -177,20 +178,20 @@ def test_echo_of_token_ids(server: LiveServer) -> None:
     assert choice["text"] == FRANCE + " Paris."
 
 
-def test_several_prompts_and_choices_are_ordered(server: LiveServer) -> None:
+def test_several_prompts_and_choices_are_ordered(exact: LiveServer) -> None:
     prompts = [FRANCE, "The capital of Germany is"]
-    reply = server.complete(prompts, n=2, max_tokens=4).json()
+    reply = exact.complete(prompts, n=2, max_tokens=4).json()
     texts = [choice["text"] for choice in reply["choices"]]
     assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
     assert texts == [
-        server.complete(prompt, max_tokens=4).json()["choices"][0]["text"] for prompt in prompts for _ in "12"
+        exact.complete(prompt, max_tokens=4).json()["choices"][0]["text"] for prompt in prompts for _ in "12"
     ]
     assert reply["usage"]["prompt_tokens"] == 10 and reply["usage"]["completion_tokens"] == 16
 
 
-def test_seed_fixes_each_choice(server: LiveServer) -> None:
+def test_seed_fixes_each_choice(exact: LiveServer) -> None:
     def draw(**fields: Any) -> list[str]:
-        reply = server.complete(FRANCE, max_tokens=12, **{"temperature": 1.0, "seed": 11, "n": 4, **fields}).json()
+        reply = exact.complete(FRANCE, max_tokens=6, **{"temperature": 1.0, "seed": 11, "n": 4, **fields}).json()
         return [choice["text"] for choice in reply["choices"]]
 
     first = draw()
@@ -221,9 +222,9 @@ def test_choices_share_their_prompt(server: LiveServer) -> None:
 
 def test_max_tokens_defaults(server: LiveServer) -> None:
     assert server.complete("One, two, three,", ignore_eos=True).json()["usage"]["completion_tokens"] == 16
-    prompt = "word" + " word" * 2041
+    prompt = "word" + " word" * 505
     usage = server.complete(prompt, ignore_eos=True).json()["usage"]  # six places are left of the context
-    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (2042, 6)
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (506, 6)
 
 
 def test_request_id_is_part_of_the_reply_id(server: LiveServer) -> None:

@@ -22,7 +22,7 @@ from engine.errors import FenError
 from server.run import claim_port
 from tests.server.live import LAUNCH, LiveServer, events, free_port, settings
 
-LONG = {"prompt": "Count to a thousand:", "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
+LONG = {"prompt": "Count to a thousand:", "max_tokens": 480, "ignore_eos": True, "temperature": 0}
 
 
 class Reader(threading.Thread):
@@ -84,7 +84,7 @@ def test_loading_then_engine_killed_then_drained(launch: Callable[..., LiveServe
     assert live.complete(max_tokens=2).json()["choices"][0]["text"] == " Paris."
     live.wait_idle()
 
-    reader = Reader(live, max_tokens=60)
+    reader = Reader(live, max_tokens=40)
     live.process.send_signal(signal.SIGTERM)
     while live.http.get("/ready").status_code == 200:
         time.sleep(0.005)
@@ -113,7 +113,7 @@ def test_drain_timeout_aborts_and_exits_0(launch: Callable[..., LiveServer]) -> 
         "smollm2",
         "Q4_1",
         "135 million",
-        "8,192 tokens",
+        "4,096 tokens",
         f"curl {live.url}/v1/chat/completions",
         "Finishing 3",
     ):

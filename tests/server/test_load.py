@@ -56,29 +56,29 @@ async def read_stream(client: httpx.AsyncClient, body: dict[str, Any], leave_aft
     raise AssertionError("the stream broke off")
 
 
-def test_32_mixed_streams_some_cancelled(server: LiveServer) -> None:
+def test_32_mixed_streams_some_cancelled(exact: LiveServer) -> None:
     dice = random.Random(5)
     bodies = []
     for i in range(32):
-        prompt = " ".join(dice.choices(WORDS, k=dice.choice([3, 20, 70, 200]))) + f" {i}"
-        bodies.append({"prompt": prompt, "max_tokens": dice.randint(4, 48), "temperature": 0, "ignore_eos": True})
+        prompt = " ".join(dice.choices(WORDS, k=dice.choice([1, 5, 20, 60]))) + f" {i}"
+        bodies.append({"prompt": prompt, "max_tokens": dice.randint(4, 14), "temperature": 0, "ignore_eos": True})
     leaves = [dice.randint(1, 3) if i % 4 == 3 else None for i in range(32)]
 
     async def run() -> list[str | None]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+        async with httpx.AsyncClient(base_url=exact.url, timeout=120) as client:
             tasks = (read_stream(client, body, leave) for body, leave in zip(bodies, leaves, strict=True))
             return await asyncio.gather(*tasks)
 
     together = asyncio.run(run())
-    server.wait_idle()
+    exact.wait_idle(60)
     assert [text is None for text in together] == [leave is not None for leave in leaves]
-    for i in (0, 5, 10, 16, 21, 26):  # a sample; the engine's own tests compare all
-        assert server.http.post("/v1/completions", json=bodies[i]).json()["choices"][0]["text"] == together[i]
+    for i in (0, 10, 21):  # a sample; the engine's own tests compare all
+        assert exact.http.post("/v1/completions", json=bodies[i]).json()["choices"][0]["text"] == together[i]
 
 
 def leave(server: LiveServer, body: dict[str, Any]) -> None:
     """Post `body` over a bare socket, wait until it runs, and hang up."""
-    data = json.dumps({"prompt": "Count to a thousand:", "max_tokens": 1500, "ignore_eos": True, **body}).encode()
+    data = json.dumps({"prompt": "Count to a thousand:", "max_tokens": 480, "ignore_eos": True, **body}).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(data)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.settings.port)) as connection:
@@ -100,7 +100,7 @@ def test_a_client_that_leaves_frees_its_blocks(server: LiveServer) -> None:
         server.wait_idle()
         before = aborts()
         leave(server, body)
-        server.wait_idle(5)  # 1500 tokens would take longer
+        server.wait_idle(5)  # most of 480 tokens were to come
         assert aborts() == before + body.get("n", 1)
 
 

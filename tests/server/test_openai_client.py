@@ -43,7 +43,7 @@ def test_completion_stream(client: openai.OpenAI) -> None:
 def test_chat(client: openai.OpenAI) -> None:
     reply = client.chat.completions.create(
         model="smollm2",
-        messages=[{"role": "system", "content": "You are terse."}, {"role": "user", "content": "Capital of France?"}],
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
         max_completion_tokens=16,
         temperature=0,
         logprobs=True,
@@ -62,7 +62,7 @@ def test_chat_stream_helper(client: openai.OpenAI) -> None:
     """The client's own accumulator checks the order and shape of events."""
     with client.chat.completions.stream(
         model="smollm2",
-        messages=[{"role": "user", "content": "Capital of France?"}],
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
         max_tokens=64,
         temperature=0,
         stream_options={"include_usage": True},

@@ -8,14 +8,16 @@ import sys
 import psutil
 import pytest
 
+from engine.checkpoint import Tokenizer
 from tests.server.live import LiveServer
+from tests.server.scripted import ScriptedEngine, ask
 
 
 def test_models(server: LiveServer) -> None:
     listed = server.http.get("/v1/models").json()
     assert listed["object"] == "list"
     (card,) = listed["data"]
-    assert card["id"] == "smollm2" and card["max_model_len"] == 2048 and card["object"] == "model"
+    assert card["id"] == "smollm2" and card["max_model_len"] == 512 and card["object"] == "model"
     assert server.http.get("/v1/models/smollm2").json() == card
     missing = server.http.get("/v1/models/org/other")
     assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
@@ -57,7 +59,7 @@ def test_metrics_count_requests(server: LiveServer) -> None:
 def test_tokenize_and_back(server: LiveServer) -> None:
     text = "The 巴黎 🥖<|im_end|>"
     reply = server.http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
-    assert reply["count"] == len(reply["tokens"]) == len(reply["token_strs"]) and reply["max_model_len"] == 2048
+    assert reply["count"] == len(reply["tokens"]) == len(reply["token_strs"]) and reply["max_model_len"] == 512
     assert reply["token_strs"][0] == "The"
     assert server.http.post("/detokenize", json={"tokens": reply["tokens"]}).json() == {"prompt": text}
     messages = [{"role": "user", "content": "hi"}]
@@ -76,11 +78,23 @@ def test_request_id(server: LiveServer, given: str, echoed: str) -> None:
     assert first != second
 
 
+def test_cors_only_where_asked_for(tokenizer: Tokenizer) -> None:
+    headers = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    path, engine = "/v1/completions", ScriptedEngine()
+    allowed = ask(engine, tokenizer, "OPTIONS", path, cors="https://a.example", headers=headers)
+    assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+    for cors in ("https://b.example", ""):
+        refused = ask(engine, tokenizer, "OPTIONS", path, cors=cors, headers=headers)
+        assert refused.status_code >= 400 and "access-control-allow-origin" not in refused.headers
+
+
 def test_openapi_describes_the_bodies(server: LiveServer) -> None:
     spec = server.http.get("/openapi.json").json()
     body = spec["components"]["schemas"]["CompletionRequest"]["properties"]
     assert body["temperature"]["maximum"] == 2 and {"prompt", "stop", "logit_bias", "seed"} <= body.keys()
-    assert "/v1/chat/completions" in spec["paths"]
+    replies = spec["paths"]["/v1/chat/completions"]["post"]["responses"]
+    schema = replies["4XX"]["content"]["application/json"]["schema"]
+    assert "422" not in replies and schema["$ref"].endswith("ErrorReply")
 
 
 def test_the_http_process_has_no_torch() -> None:
