@@ -172,6 +172,17 @@ def test_prefill_matches_oracle(group, cache, lens, shape):
     assert_close(run_prefill(case), case)
 
 
+@pytest.mark.parametrize("group", [3, 7])
+def test_leftover_rows_of_a_tile_are_not_stored(group):
+    """A group that does not divide the tile's rows leaves some that belong to the next tile's first query. They do not
+    see that query's own key when it begins a tile of keys, as it does here."""
+    tile = attention.prefill_config(group, 1, 64, 64, torch.float16, H100)
+    positions = tile.block_m // group
+    context = -positions % tile.block_n
+    case = make([positions + 1], [context + positions + 1], group=group)
+    assert_close(run_prefill(case), case)
+
+
 def test_pages_may_lie_anywhere():
     """The same sequences in other blocks give the same bits; make() places them by seed, so they are moved here."""
     case = make([5, 1], [70, 131], group=3, block_size=16, cache=torch.bfloat16)
