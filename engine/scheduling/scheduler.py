@@ -249,11 +249,12 @@ class Scheduler:
     def _admit(self, step: Schedule) -> None:
         """Waiting sequences by rank, while there is budget, and blocks for all of their tokens beyond the watermark.
 
-        The first that does not fit holds up those behind it, so that a large one is not overtaken for ever.
+        The first that does not fit holds up those behind it, so that a large one is not overtaken for ever. Nobody is
+        admitted in a step that had to preempt: the victim, which lost a pending token too, might fit again at once.
         """
         while step.num_tokens < self.max_num_batched_tokens and len(self._running) < self.max_num_seqs:
             sequence = self._first_waiting()
-            if sequence is None:
+            if sequence is None or step.preempted:
                 return
             free = self.pool.num_free
             if sequence.refused_free is not None and free <= sequence.refused_free:
