@@ -213,18 +213,24 @@ class Runner:
             )
         return blocks
 
+    def logits(self, tokens: list[int], start: int = 0) -> torch.Tensor:
+        """float32 [T, V] of one forward over `tokens` at positions start, start + 1, ..., whose KV goes to the cache's
+        first blocks: for warm-up, tests and benchmarks, while no request runs."""
+        end = start + len(tokens)
+        with torch.inference_mode():
+            step = Step(
+                tokens=torch.tensor(tokens),
+                slots=torch.arange(start, end),
+                rotations=self._rotations[start:end],
+                attention=self.backend.prepare([Span(0, len(tokens), end, 0, None)]),
+                logit_rows=None,
+            )
+            return self.model.logits(self.model.forward(step))
+
     def _warm_up(self) -> None:
         """One short prefill and one decode, so that the first request does not pay for oneDNN's code generation."""
-        with torch.inference_mode():
-            for rows in (1, min(16, self.block_size)):
-                step = Step(
-                    tokens=torch.zeros(rows, dtype=torch.int64),
-                    slots=torch.arange(rows),
-                    rotations=self._rotations[:rows],
-                    attention=self.backend.prepare([Span(0, rows, rows, 0, None)]),
-                    logit_rows=torch.tensor([rows - 1]),
-                )
-                self.model.logits(self.model.forward(step))
+        for rows in (1, min(16, self.max_model_len)):
+            self.logits([0] * rows)
 
 
 class _Run:

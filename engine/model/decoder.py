@@ -70,7 +70,7 @@ class Decoder:
     head: Linear
 
     def forward(self, step: Step) -> torch.Tensor:
-        """Computes one step, writes its KV, and returns the final hidden states [S, H] that `logits` takes."""
+        """Computes one step, writes its KV, and returns the final hidden states, float32 [S, H], that `logits` takes."""
         ops, eps = self.backend, self.config.rms_norm_eps
         dtype = ops.dtype(step.tokens.shape[0])
         residual = self.embed(step.tokens)
@@ -85,7 +85,7 @@ class Decoder:
         rows = step.logit_rows
         if rows is not None:
             residual, delta = residual[rows], delta[rows]
-        return ops.add_rmsnorm(residual, delta, self.norm, eps, ops.dtype(residual.shape[0]))
+        return ops.add_rmsnorm(residual, delta, self.norm, eps, torch.float32)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [S, H] -> float32 [S, V]."""

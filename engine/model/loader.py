@@ -13,7 +13,7 @@ from engine.model.cpu import CpuBackend
 from engine.model.decoder import Decoder, Layer, Linear
 from kernels.cpu.fused import norm_weight
 from kernels.cpu.linear import Linear as CpuLinear
-from kernels.cpu.linear import Plan
+from kernels.cpu.linear import Plan, head_plan
 from kernels.formats import dequantize
 
 
@@ -37,18 +37,17 @@ class _Loader:
         layers = [self.layer(f"model.layers.{i}.") for i in range(config.num_layers)]
         table = self.tensors["model.embed_tokens.weight"]
         raw = self.read(table.name)
-        head = CpuLinear(
-            *self.raw("model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"), None, self.plan
-        )
-        table.drop_pages()
-        return Decoder(
+        head = self.raw("model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight")
+        decoder = Decoder(
             config=config,
             backend=CpuBackend(config, self.plan, block_size),
             embed=lambda tokens: dequantize(raw[tokens], table.dtype),
             layers=layers,
             norm=norm_weight(self.dense("model.norm.weight")),
-            head=head,
+            head=CpuLinear(*head, None, head_plan(self.plan)),
         )
+        table.drop_pages()
+        return decoder
 
     def layer(self, prefix: str) -> Layer:
         config = self.config

@@ -13,8 +13,6 @@ from engine.core.build import build_core
 from engine.core.loop import EngineCore
 from engine.core.runner import Runner
 from engine.messages import EngineOptions, Output, Request, SamplingParams
-from engine.model.decoder import Step
-from kernels.cpu.attention import Span
 
 PROMPTS = [
     "The capital of France is",
@@ -60,19 +58,9 @@ def generate(core: EngineCore, prompts: list[list[int]], max_tokens: int, **para
 
 
 def logits_of(core: EngineCore, tokens: list[int]) -> torch.Tensor:
-    """float32 [T, V] of one forward over the tokens, in block 0 and after."""
-    runner = core.runner
-    assert isinstance(runner, Runner)
-    count = len(tokens)
-    with torch.inference_mode():
-        step = Step(
-            tokens=torch.tensor(tokens),
-            slots=torch.arange(count),
-            rotations=runner._rotations[:count],
-            attention=runner.backend.prepare([Span(0, count, count, 0, None)]),
-            logit_rows=None,
-        )
-        return runner.model.logits(runner.model.forward(step))
+    """float32 [T, V] of one forward over the tokens."""
+    assert isinstance(core.runner, Runner)
+    return core.runner.logits(tokens)
 
 
 def check_greedy(oracle: Any, prompt: list[int], continuation: list[int], eps: float = 1e-4) -> None:
