@@ -20,7 +20,6 @@ from bench.machine import commit, cpu_name, versions
 from bench.prompts import make_prompt, prose_tokens
 from bench.report import markdown_table, median_and_spread, write_json
 from engine.checkpoint import Checkpoint
-from engine.errors import CapacityError
 from engine.messages import EngineInfo, EngineOptions
 
 LARGE_BUFFER = 1 << 30  # bytes; beyond the caches of most CPUs
@@ -49,15 +48,8 @@ def run(
 ) -> None:
     """Loads `options.model`, measures, prints the table, and writes it to `json_path` as JSON if there is one.
 
-    Raises CheckpointError or CapacityError.
+    Raises CheckpointError, CapacityError, or RequestError where the context is too short.
     """
-    for name, value, least in (
-        ("prompt_tokens", prompt_tokens, 1),
-        ("new_tokens", new_tokens, 1),
-        ("repetitions", repetitions, 1),
-    ):
-        if value < least:
-            raise CapacityError(f"{name} must be at least {least}, not {value}.")
     options = _pool_for(options, max(prompt_tokens + 1, new_tokens + 2))
     engine = LocalEngine(options)
     latency = measure(engine, prompt_tokens, new_tokens, repetitions)
@@ -76,9 +68,6 @@ def run(
             **dataclasses.asdict(latency),
         }
         write_json(Path(json_path), result)
-
-
-main = run
 
 
 def measure(engine: LocalEngine, prompt_tokens: int, new_tokens: int, repetitions: int) -> Latency:
@@ -145,8 +134,8 @@ def render(info: EngineInfo, latency: Latency, prompt_tokens: int, new_tokens: i
         [
             f"{info.model}, {info.quantization}, {info.dtype} activations, {info.device}",
             markdown_table(["test", "tokens/s", "achieved", "of the limit measured here"], rows),
-            f"Medians of {len(latency.decode)}, smallest to largest. Bandwidth of reading the weights' size; "
-            f"{latency.read_bandwidth_large / 1e9:.1f} GB/s over {LARGE_BUFFER >> 20:,} MiB.",
+            f"Medians of {len(latency.decode)}, smallest to largest. The bandwidth is that of a buffer as large as the "
+            f"weights; one of {LARGE_BUFFER >> 20:,} MiB is read at {latency.read_bandwidth_large / 1e9:.1f} GB/s.",
         ]
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 # Nothing is fetched, and its optional package `kernels` cannot be mistaken for the one of this project.
-os.environ.update(USE_HUB_KERNELS="NO", HF_HUB_OFFLINE="1")
+os.environ.update(USE_HUB_KERNELS="NO", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
 
 import torch
 import transformers

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from bench import latency
 from engine.checkpoint import open_checkpoint
-from engine.errors import CapacityError
 from engine.messages import EngineOptions
+from server.cli import app
 
 
 def test_the_table_and_the_json(
@@ -43,7 +44,12 @@ def test_bytes_of_a_token_and_flops_of_a_prompt(random_checkpoint: Callable[...,
     assert latency.prompt_flops(untied, 10) == 2 * matrices * 10 + attention + 2 * head
 
 
-@pytest.mark.parametrize("field", ["prompt_tokens", "new_tokens", "repetitions"])
-def test_what_cannot_be_measured_is_refused(field: str) -> None:
-    with pytest.raises(CapacityError, match=f"{field} must be at least 1, not 0"):
-        latency.run(EngineOptions(), **{field: 0})
+def test_the_command(random_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "LARGE_BUFFER", 1 << 20)
+    options = ["--prompt-tokens", "16", "--new-tokens", "4", "--repetitions", "1", "--threads", "1"]
+    model = str(random_checkpoint())
+    result = CliRunner().invoke(app, ["bench", "latency", "--model", model, *options])
+    assert result.exit_code == 0, result.output
+    assert "| pp16 " in result.stdout and "| tg4 " in result.stdout
+    result = CliRunner().invoke(app, ["bench", "latency", "--model", model, "--prompt-tokens", "600"])
+    assert result.exit_code == 1 and "512" in result.stderr and "Traceback" not in result.stderr
