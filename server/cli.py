@@ -90,14 +90,17 @@ def chat(
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told first.")] = None,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
-    max_tokens: MaxTokens = 1024,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokens of an answer; default: the rest of the context.")
+    ] = None,
 ) -> None:
     """Talk to a model in the terminal."""
     from rich.console import Console
 
+    from server.local_model import REST_OF_CONTEXT
     from server.terminal_chat import RemoteModel, converse
 
-    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens or REST_OF_CONTEXT)
     console = Console(highlight=False)
     if url is not None:
         remote = RemoteModel(url)

@@ -23,6 +23,7 @@ from engine.messages import EngineInfo, EngineOptions, Request, SamplingParams
 
 T = TypeVar("T")
 Messages = list[dict[str, str]]
+REST_OF_CONTEXT = 2**31 - 1  # as SamplingParams.max_tokens: whatever the context leaves
 
 
 @dataclasses.dataclass
@@ -40,7 +41,9 @@ class Usage:
         """The line under an answer. The first token belongs to the prompt's time, so the rate counts those after it."""
         rate = (self.completion_tokens - 1) / self.seconds if self.completion_tokens > 1 and self.seconds > 0 else None
         parts = [
-            f"{self.completion_tokens} tokens",
+            f"{self.completion_tokens} tokens"
+            if self.completion_tokens
+            else "",  # unknown of a server's stopped answer
             f"{rate:.1f} tokens/s" if rate else "",
             f"first after {self.first_seconds:.2f} s",
             f"prompt of {self.prompt_tokens}, {self.cached_tokens} from the cache" if self.prompt_tokens else "",

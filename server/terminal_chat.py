@@ -16,7 +16,7 @@ from rich.console import Console
 
 from engine.errors import FenError
 from engine.messages import SamplingParams
-from server.local_model import Messages, Usage
+from server.local_model import REST_OF_CONTEXT, Messages, Usage
 
 HELP = "/exit ends, /new starts over, Ctrl-C stops an answer"
 
@@ -45,16 +45,16 @@ class RemoteModel:
 
     def chat(self, messages: Messages, params: SamplingParams) -> Generator[str, None, None]:
         """The pieces of the answer; afterwards `usage` tells about it. Leaving early ends the request."""
-        body = {
+        body: dict[str, Any] = {
             "model": self.model,
             "messages": messages,
             "stream": True,
             "stream_options": {"include_usage": True},
             "temperature": params.temperature,
             "top_p": params.top_p,
-            "max_tokens": params.max_tokens,
-            **({} if params.seed is None else {"seed": params.seed}),
         }
+        if params.max_tokens != REST_OF_CONTEXT:
+            body["max_tokens"] = params.max_tokens
         usage = self.usage = Usage()
         start = time.monotonic()
         with self._call("/v1/chat/completions", body) as reply:
@@ -130,15 +130,17 @@ def converse(model: Model, params: SamplingParams, system: str | None, console: 
             console.print(HELP, style="dim")
         elif question:
             messages.append({"role": "user", "content": question})
-            answer = _answer(model, messages, params, console)
-            if answer is None:
-                messages.pop()
-            else:
+            answer = ""
+            with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C, or one too late
+                answer = _answer(model, messages, params, console)
+            if answer:
                 messages.append({"role": "assistant", "content": answer})
+            else:
+                messages.pop()
 
 
-def _answer(model: Model, messages: Messages, params: SamplingParams, console: Console) -> str | None:
-    """Prints the answer as it comes; None when there was none, because of an error that it printed."""
+def _answer(model: Model, messages: Messages, params: SamplingParams, console: Console) -> str:
+    """Prints the answer as it comes, and what may have cut it short."""
     text = ""
     pieces = model.chat(messages, params)
     try:
@@ -149,7 +151,7 @@ def _answer(model: Model, messages: Messages, params: SamplingParams, console: C
     except KeyboardInterrupt:
         pieces.close()
     except FenError as error:
-        console.print(f"\n{error}" if text else str(error), style="red", markup=False, highlight=False)
-        return text or None
+        console.print(f"\n{error}" if text else str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        return text
     console.print(f"\n{model.usage.line()}", style="dim", highlight=False, soft_wrap=True)
     return text
