@@ -70,7 +70,7 @@ class Decoder:
     head: Linear
 
     def forward(self, step: Step) -> torch.Tensor:
-        """Computes one step, writes its KV, and returns the final hidden states, float32 [S, H], that `logits` takes."""
+        """Computes one step and writes its KV. Returns the final hidden states, float32 [S, H], for `logits`."""
         ops, eps = self.backend, self.config.rms_norm_eps
         dtype = ops.dtype(step.tokens.shape[0])
         residual = self.embed(step.tokens)
