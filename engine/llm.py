@@ -181,7 +181,7 @@ class LLM:
                     if delta.finish_reason is not None:
                         del live[output.id]
                     if delta.cancel:
-                        core.cancel([output.id])
+                        core.finish(output.id, text.num_tokens, output.device_seconds or {})
                     yield i, output, delta
         finally:
             core.cancel(list(live))

@@ -64,7 +64,17 @@ class Output(msgspec.Struct, kw_only=True, omit_defaults=True):
     error: str | None = None  # with finish_reason "error": the sentence for the user
     cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     queue_seconds: float = 0.0  # arrival -> first scheduled
-    device_seconds: dict[str, float] | None = None  # by ledger class, in the last output (COST.md's classes)
+    # What it was charged with, by class of the ledger; in the last output, and in every one if there are stop strings.
+    device_seconds: dict[str, float] | None = None
+
+
+class LedgerSnapshot(msgspec.Struct, frozen=True, array_like=True):
+    """Where the device's time from `start` to `end` (time.monotonic()) went: see engine.ledger."""
+
+    start: float
+    end: float
+    seconds: dict[str, float]  # by class
+    tokens: dict[str, int]  # of finished requests: prompt (uncached), cached_prompt, decode
 
 
 class EngineStats(msgspec.Struct, kw_only=True):
@@ -80,7 +90,7 @@ class EngineStats(msgspec.Struct, kw_only=True):
     prompt_tokens: int = 0
     generation_tokens: int = 0
     steps: int = 0
-    ledger_seconds: dict[str, float] = {}
+    ledger: LedgerSnapshot | None = None
 
 
 class EngineInfo(msgspec.Struct, kw_only=True):
@@ -134,6 +144,14 @@ class Cancel(msgspec.Struct, tag=True, frozen=True):
     ids: list[str]
 
 
+class Finish(msgspec.Struct, tag=True, frozen=True):
+    """A stop string ended the reply: how many tokens it has, and the device seconds that its last output told."""
+
+    id: str
+    tokens: int
+    device_seconds: dict[str, float]
+
+
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
     """Finish nothing more, free everything, exit 0."""
 
@@ -180,7 +198,7 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     message: str
 
 
-ToEngine = Add | Cancel | Shutdown
+ToEngine = Add | Cancel | Finish | Shutdown
 FromEngine = Loading | Ready | Outputs | Refused | Heartbeat | Failed
 
 encode = msgspec.msgpack.Encoder().encode

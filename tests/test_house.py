@@ -21,6 +21,7 @@ TORCH_FREE = [
     "server",
     "seeds",
     "engine/scheduling",
+    "engine/ledger",
     "engine/checkpoint",
     "engine/messages.py",
     "engine/errors.py",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.core.loop import EngineCore
 from engine.core.runner import Runner
+from engine.ledger import Ledger, calibrate
 from engine.messages import EngineInfo, EngineOptions
 from engine.scheduling.scheduler import Scheduler
 
@@ -15,6 +17,7 @@ def build_core(
     options: EngineOptions, on_progress: Callable[[str, float], None] | None = None
 ) -> tuple[EngineCore, EngineInfo, Checkpoint]:
     """Loads `options.model`. `on_progress(stage, fraction)` follows it. Raises CheckpointError or CapacityError."""
+    start = time.monotonic()
     checkpoint = open_checkpoint(options.model, options.load_format)
     runner = Runner(checkpoint, options, on_progress)
     scheduler = Scheduler(
@@ -27,4 +30,7 @@ def build_core(
         contiguous=runner.contiguous,
         eos_token_ids=checkpoint.config.eos_token_ids,
     )
-    return EngineCore(runner, scheduler), runner.info, checkpoint
+    roofline = calibrate(lambda tokens: runner.logits([0] * tokens), checkpoint.config, runner.info)
+    core = EngineCore(runner, scheduler)
+    core.ledger = Ledger(start, time.monotonic(), roofline)
+    return core, runner.info, checkpoint

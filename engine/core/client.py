@@ -18,27 +18,10 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from engine import messages
 from engine.errors import EngineDeadError, RequestError
-from engine.messages import (
-    Add,
-    Cancel,
-    EngineInfo,
-    EngineOptions,
-    EngineStats,
-    Failed,
-    FromEngine,
-    Heartbeat,
-    Loading,
-    Output,
-    Outputs,
-    Ready,
-    Refused,
-    Request,
-    Shutdown,
-    ToEngine,
-    decode_from_engine,
-    encode,
-)
+from engine.ledger import Ledger, ended, joined
+from engine.messages import EngineInfo, EngineOptions, EngineStats, Output, Request
 
 MAX_FAILURES = 3  # starts in a row that served nothing, after which the engine is given up
 PROVEN_SECONDS = 60.0  # an engine that lived this long, or answered a request, did not fail to start
@@ -73,7 +56,7 @@ class _Process:
         self.failure: str | None = None  # its own last words, or why it was killed
 
     async def spawn(self) -> None:
-        Path(self.directory, "options").write_bytes(encode(self.options))
+        Path(self.directory, "options").write_bytes(messages.encode(self.options))
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # the child imports what this process would
         self.child = await asyncio.create_subprocess_exec(
             *self.command,
@@ -84,9 +67,9 @@ class _Process:
             start_new_session=True,  # Ctrl-C in the terminal does not reach it
         )
 
-    def send(self, message: ToEngine) -> None:
+    def send(self, message: messages.ToEngine) -> None:
         with contextlib.suppress(zmq.ZMQError):  # closed: the process ended, the supervisor fails its requests
-            self.outbox.send(encode(message), zmq.NOBLOCK)
+            self.outbox.send(messages.encode(message), zmq.NOBLOCK)
 
     def stalled_seconds(self) -> float:
         """How long the step under way has been running, or the process has been silent."""
@@ -150,7 +133,7 @@ class EngineClient:
         self._on_loading: OnLoading | None = None
         self._queues: dict[str, asyncio.Queue[Output | Exception]] = {}
         self._stats = EngineStats()
-        self._past = EngineStats()  # totals of the processes that ended
+        self._past = EngineStats(ledger=Ledger(time.monotonic()).snapshot())  # totals of the processes that ended
 
     async def start(self, on_loading: OnLoading | None = None) -> EngineInfo:
         """Returns when the engine is ready; `on_loading(stage, fraction)` follows it. Raises EngineDeadError."""
@@ -177,7 +160,7 @@ class EngineClient:
         queue: asyncio.Queue[Output | Exception] = asyncio.Queue()
         self._queues[request.id] = queue
         process = self._process
-        process.send(Add(request))
+        process.send(messages.Add(request))
         try:
             while True:
                 output = await queue.get()
@@ -191,14 +174,19 @@ class EngineClient:
         finally:
             if self._queues.get(request.id) is queue:
                 del self._queues[request.id]
-                process.send(Cancel([request.id]))
+                process.send(messages.Cancel([request.id]))
 
     async def cancel(self, id: str) -> None:
         """Ends a request in flight: its generate() yields a last output with finish_reason "abort"."""
         queue = self._queues.pop(id, None)
         if queue is not None and self._process is not None:
-            self._process.send(Cancel([id]))
+            self._process.send(messages.Cancel([id]))
             queue.put_nowait(Output(id=id, finish_reason="abort"))
+
+    def finish(self, id: str, tokens: int, device_seconds: dict[str, float]) -> None:
+        """Ends a request at a stop string: it has finished (messages.Finish). Its generate() yields nothing more."""
+        if self._queues.pop(id, None) is not None and self._process is not None:
+            self._process.send(messages.Finish(id, tokens, device_seconds))
 
     @property
     def in_flight(self) -> int:
@@ -233,7 +221,7 @@ class EngineClient:
         self._fail_requests(self.reason)
         if self._supervisor is not None:
             if was_ready and self._process is not None:
-                self._process.send(Shutdown())
+                self._process.send(messages.Shutdown())
                 await asyncio.wait({self._supervisor}, timeout=self._grace)
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
@@ -254,8 +242,10 @@ class EngineClient:
                 self._process = None
                 await process.close()
             reason = process.last_words()
+            kind = "startup" if self._stats.ledger is None else "aborted" if self._queues else "idle"
             self._fail_requests(f"{reason}; the request was not finished")
             self._past = _add_totals(self._stats, self._past)
+            self._past.ledger = ended(self._past.ledger, time.monotonic(), kind)
             self._stats = EngineStats()
             if self.state == "draining":
                 return
@@ -294,32 +284,32 @@ class EngineClient:
 
     async def _receive(self, process: _Process) -> None:
         while True:
-            message: FromEngine = decode_from_engine(await process.inbox.recv())
+            message: messages.FromEngine = messages.decode_from_engine(await process.inbox.recv())
             process.heard = time.monotonic()
             process.step_seconds = 0.0
             match message:
-                case Outputs(outputs, stats):
+                case messages.Outputs(outputs, stats):
                     self._stats = stats
                     for output in outputs:
                         if output.finish_reason is not None:
                             process.proven = True
                         self._deliver(output.id, output)
-                case Heartbeat(state=state, step_seconds=seconds, stats=stats):
+                case messages.Heartbeat(state=state, step_seconds=seconds, stats=stats):
                     process.step_seconds = seconds
-                    if state != "loading" and stats.steps >= self._stats.steps:  # else an Outputs has overtaken it
+                    if state != "loading" and _age(stats) >= _age(self._stats):  # else an Outputs has overtaken it
                         self._stats = stats
-                case Refused(id, text, param, code):
+                case messages.Refused(id, text, param, code):
                     self._deliver(id, RequestError(text, param=param, code=code))
-                case Loading(stage, fraction):
+                case messages.Loading(stage, fraction):
                     self._loading(stage, fraction)
-                case Ready(info):
+                case messages.Ready(info):
                     process.ready = True
                     self.info = info
                     if self.state != "draining":
                         self.state, self.reason = "ready", ""
                     if self._started is not None and not self._started.done():
                         self._started.set_result(info)
-                case Failed(text):
+                case messages.Failed(text):
                     process.failure = text
 
     def _loading(self, stage: str, fraction: float) -> None:
@@ -341,7 +331,8 @@ class EngineClient:
 
 def _add_totals(stats: EngineStats, past: EngineStats) -> EngineStats:
     totals = {name: getattr(stats, name) + getattr(past, name) for name in COUNTERS}
-    seconds = dict(past.ledger_seconds)
-    for name, value in stats.ledger_seconds.items():
-        seconds[name] = seconds.get(name, 0.0) + value
-    return msgspec.structs.replace(stats, ledger_seconds=seconds, **totals)
+    return msgspec.structs.replace(stats, ledger=joined(past.ledger, stats.ledger), **totals)
+
+
+def _age(stats: EngineStats) -> tuple[int, float]:
+    return stats.steps, stats.ledger.end if stats.ledger is not None else 0.0

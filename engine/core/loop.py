@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from engine.core.step import StepResult, StepRunner
 from engine.errors import FenError
+from engine.ledger import Ledger
 from engine.messages import EngineStats, Output, Request, TokenLogprob
 from engine.scheduling.scheduler import Schedule, Scheduler
 from engine.scheduling.sequence import Sequence
@@ -24,14 +25,15 @@ class EngineCore:
         self.runner = runner
         self.scheduler = scheduler
         self.clock = clock
-        self.device_seconds = 0.0  # that the steps finished so far took
-        self._in_flight: deque[tuple[Schedule, Any]] = deque()
+        self.ledger = Ledger(clock())  # build_core gives it one that is calibrated
+        self._in_flight: deque[tuple[Schedule, float, Any]] = deque()  # with the time of the launch
         self._outputs: list[Output] = []  # to be returned by step()
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}  # of requests that ask for them, until sent
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises RequestError if it can never be served (the engine process answers `Refused`)."""
         self.scheduler.add(request)
+        self.ledger.runnable(self.clock(), True)
         if request.params.prompt_logprobs is not None:
             self._prompt_logprobs[request.id] = [None]
 
@@ -43,13 +45,24 @@ class EngineCore:
                 self._close(sequence)
                 self._outputs.append(Output(id=id, finish_reason="abort"))
 
+    def finish(self, id: str, tokens: int, device_seconds: Mapping[str, float]) -> None:
+        """Ends a request whose reply is complete: see messages.Finish. No output confirms it."""
+        sequence = self.scheduler.cancel(id)
+        if sequence is not None:
+            self.ledger.close(sequence, (tokens, device_seconds))
+            self._close(sequence)
+
     @property
     def has_work(self) -> bool:
         """False when step() would have nothing to do."""
         return bool(self._outputs or self._in_flight or self.scheduler.has_work)
 
     def stats(self) -> EngineStats:
-        return self.scheduler.stats()
+        if not self._in_flight:
+            self.ledger.advance(self.clock())
+        stats = self.scheduler.stats()
+        stats.ledger = self.ledger.snapshot()
+        return stats
 
     def step(self) -> list[Output]:
         """Launches the next step and finishes an earlier one, so that at most `runner.depth` stay in flight."""
@@ -69,17 +82,21 @@ class EngineCore:
             if chunk.sequence.first_scheduled is None:
                 chunk.sequence.first_scheduled = now
         try:
-            self._in_flight.append((schedule, self.runner.launch(schedule)))
+            launched = self.clock()
+            self._in_flight.append((schedule, launched, self.runner.launch(schedule)))
         except Exception as error:
             self._fail_step(schedule, error)
 
-    def _finish(self, schedule: Schedule, handle: Any) -> None:
+    def _finish(self, schedule: Schedule, started: float, handle: Any) -> None:
         try:
             result: StepResult = self.runner.finish(handle)
+            stopped = self.clock()
         except Exception as error:
             self._fail_step(schedule, error)
             return
-        self._charge(schedule, result.seconds)
+        if result.started is not None:
+            started, stopped = result.started, result.started + result.seconds
+        self.ledger.step(schedule.chunks, started, stopped, result.seconds, result.padded)
         for chunk in schedule.chunks:
             if chunk.stale:
                 continue
@@ -95,10 +112,6 @@ class EngineCore:
             if sequence.finish_reason:
                 self._close(sequence)
 
-    def _charge(self, schedule: Schedule, seconds: float) -> None:
-        """The one place that sees what each step cost and for whom."""
-        self.device_seconds += seconds
-
     def _output(self, sequence: Sequence, token: int | None, result: StepResult) -> Output:
         output = Output(
             id=sequence.id,
@@ -109,6 +122,10 @@ class EngineCore:
             output.tokens = [token]
             if sequence.request.params.logprobs is not None:
                 output.logprobs = [result.logprobs[sequence.id]]
+        if sequence.finish_reason:
+            output.device_seconds = self.ledger.close(sequence)
+        elif sequence.request.params.stop:
+            output.device_seconds = self.ledger.so_far(sequence.id)
         if sequence.num_generated <= 1:  # the first output
             output.cached_tokens = sequence.cached_tokens
             output.prompt_logprobs = self._prompt_logprobs.pop(sequence.id, None)
@@ -133,5 +150,8 @@ class EngineCore:
 
     def _close(self, sequence: Sequence) -> None:
         """Forgets a sequence that has ended."""
+        self.ledger.close(sequence)
+        if not self.scheduler.sequences:
+            self.ledger.runnable(self.clock(), False)
         self._prompt_logprobs.pop(sequence.id, None)
         self.runner.release(sequence)

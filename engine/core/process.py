@@ -23,25 +23,9 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from engine import messages
 from engine.errors import FenError, RequestError
-from engine.messages import (
-    Add,
-    Cancel,
-    EngineInfo,
-    EngineOptions,
-    EngineStats,
-    Failed,
-    Heartbeat,
-    Loading,
-    Output,
-    Outputs,
-    Ready,
-    Refused,
-    Request,
-    Shutdown,
-    decode_to_engine,
-    encode,
-)
+from engine.messages import EngineInfo, EngineOptions, EngineStats, Output, Request, encode
 
 HEARTBEAT_SECONDS = 1.0
 FLUSH_MILLISECONDS = 2000  # how long the last message may take to leave
@@ -54,6 +38,7 @@ class Core(Protocol):
     def has_work(self) -> bool: ...
     def add(self, request: Request) -> object: ...
     def cancel(self, ids: list[str]) -> object: ...
+    def finish(self, id: str, tokens: int, device_seconds: dict[str, float]) -> object: ...
     def step(self) -> list[Output]: ...
     def stats(self) -> EngineStats: ...
 
@@ -70,13 +55,13 @@ class Status:
         self.loading = True
         self.step_started: float | None = None
 
-    def heartbeat(self) -> Heartbeat:
+    def heartbeat(self) -> messages.Heartbeat:
         started = self.step_started
         if self.loading:
-            return Heartbeat(state="loading")
+            return messages.Heartbeat(state="loading")
         if started is None:
-            return Heartbeat(state="idle", stats=self.stats)
-        return Heartbeat(state="busy", step_seconds=time.monotonic() - started, stats=self.stats)
+            return messages.Heartbeat(state="idle", stats=self.stats)
+        return messages.Heartbeat(state="busy", step_seconds=time.monotonic() - started, stats=self.stats)
 
 
 def beat(directory: str, status: Status) -> None:
@@ -94,27 +79,30 @@ def beat(directory: str, status: Status) -> None:
 
 
 def serve(core: Core, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes], status: Status) -> None:
-    """Runs until a Shutdown arrives. With nothing to do it sleeps in poll, at no cost."""
+    """Runs until a Shutdown arrives. With nothing to do it sleeps in poll, and now and then tells that it was idle."""
     while True:
-        if not core.has_work:
-            inbox.poll()
+        if not core.has_work and not inbox.poll(1000):
+            status.stats = core.stats()
+            continue
         while inbox.poll(0):
-            message = decode_to_engine(inbox.recv())
-            if isinstance(message, Add):
+            message = messages.decode_to_engine(inbox.recv())
+            if isinstance(message, messages.Add):
                 try:
                     core.add(message.request)
                 except RequestError as error:
-                    outbox.send(encode(Refused(message.request.id, str(error), error.param, error.code)))
-            elif isinstance(message, Cancel):
+                    outbox.send(encode(messages.Refused(message.request.id, str(error), error.param, error.code)))
+            elif isinstance(message, messages.Cancel):
                 core.cancel(message.ids)
-            elif isinstance(message, Shutdown):
+            elif isinstance(message, messages.Finish):
+                core.finish(message.id, message.tokens, message.device_seconds)
+            elif isinstance(message, messages.Shutdown):
                 return
         status.step_started = time.monotonic()
         outputs = core.step() if core.has_work else []
         status.step_started = None
         status.stats = core.stats()
         if outputs or not core.has_work:
-            outbox.send(encode(Outputs(outputs, status.stats)))
+            outbox.send(encode(messages.Outputs(outputs, status.stats)))
 
 
 def run(directory: str, build: Build) -> int:
@@ -131,17 +119,17 @@ def run(directory: str, build: Build) -> int:
     inbox.bind(f"ipc://{directory}/to_engine")
     code = 0
     try:
-        core, info = build(options, lambda stage, fraction: outbox.send(encode(Loading(stage, fraction))))
+        core, info = build(options, lambda stage, fraction: outbox.send(encode(messages.Loading(stage, fraction))))
         status.loading = False
-        outbox.send(encode(Ready(info)))
+        outbox.send(encode(messages.Ready(info)))
         serve(core, inbox, outbox, status)
     except FenError as error:
-        outbox.send(encode(Failed(str(error))))
+        outbox.send(encode(messages.Failed(str(error))))
         code = 1
     except Exception as error:
         traceback.print_exc()  # for the log; the user gets the sentence
         detail = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        outbox.send(encode(Failed(f"the engine stopped on an internal error ({detail})")))
+        outbox.send(encode(messages.Failed(f"the engine stopped on an internal error ({detail})")))
         code = 1
     context.destroy(linger=FLUSH_MILLISECONDS)
     return code

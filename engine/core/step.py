@@ -17,7 +17,9 @@ class StepResult:
     tokens: one for each chunk with `sample`. logprobs: of that token, where the request asked for them.
     prompt_logprobs: where asked for, those of the prompt tokens that this chunk predicts: positions start + 1 ..
     start + length as far as they lie in the prompt. errors: a sentence for each sequence whose computation went wrong;
-    it needs no entry elsewhere. seconds: that the device took for the step.
+    it needs no entry elsewhere. seconds: that the device took for the step, by its own timer. started: when the device
+    began it, on the loop's clock; None: as it was launched, and it ended when `finish` returned. padded: rows of decode
+    that were computed, if more than were scheduled (captured graphs).
     """
 
     tokens: dict[str, int]
@@ -25,6 +27,8 @@ class StepResult:
     prompt_logprobs: dict[str, list[TokenLogprob]] = dataclasses.field(default_factory=dict)
     errors: dict[str, str] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+    started: float | None = None
+    padded: int = 0
 
 
 class StepRunner(Protocol):
@@ -33,19 +37,15 @@ class StepRunner(Protocol):
     @property
     def depth(self) -> int:
         """Steps that may stay in flight while the host goes on: 0 finishes each step at once."""
-        ...
 
     def launch(self, schedule: Schedule) -> Any:
         """Starts a step and returns a handle for `finish`."""
-        ...
 
     def finish(self, handle: Any) -> StepResult:
         """Waits for a launched step."""
-        ...
 
     def release(self, sequence: Sequence) -> None:
         """The sequence ended or was preempted: forget what is kept for it. A launched step may still compute it.
 
         Called once or more, also for a sequence that was never launched.
         """
-        ...

@@ -312,7 +312,7 @@ def real_request(id: str, max_tokens: int = 12) -> Request:
 
 def test_real_engine_killed_cancelled_idle(random_checkpoint: Callable[..., Path]) -> None:
     async def run() -> None:
-        client = real(random_checkpoint())
+        client, born = real(random_checkpoint()), time.monotonic()
         stages = []
         try:
             info = await client.start(lambda stage, fraction: stages.append(stage))
@@ -338,6 +338,14 @@ def test_real_engine_killed_cancelled_idle(random_checkpoint: Callable[..., Path
             assert not client.health()[0]
             await until(lambda: client.state == "ready", seconds=60)
             assert await tokens_of(client, real_request("after")) == text
+
+            # The ledger of both processes: every second since the client was made has a class.
+            ledger = client.stats.ledger
+            assert ledger is not None and ledger.start < born + 0.1 and time.monotonic() - ledger.end < 0.5
+            assert abs(sum(ledger.seconds.values()) / (ledger.end - ledger.start) - 1) < 0.005
+            assert ledger.tokens["decode"] == 24 and min(ledger.seconds[name] for name in ("prompt", "decode")) > 0
+            assert ledger.seconds["aborted"] > 0 and ledger.seconds["startup"] > 2 * info.load_seconds
+            assert ledger.seconds["idle"] > 2.0 and ledger.seconds["host"] > 0
         finally:
             await client.stop()
 
