@@ -174,26 +174,37 @@ def start_engines(
 
 
 def measure(
-    workers: dict[str, Worker], prose: list[int], metrics: list[Metric], repetitions: int
-) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[int]], list[float]]:
-    """-> rates[engine][metric], each engine's tokens for the first metric, the shares of the CPUs that others used."""
+    workers: dict[str, Worker],
+    prose: list[int],
+    metrics: list[Metric],
+    repetitions: int,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measures every metric of every engine in turn. `keep` gets what there is so far after each repetition."""
     rates: dict[str, dict[str, list[float]]] = {name: {metric.name: [] for metric in metrics} for name in workers}
-    texts: dict[str, list[int]] = {}
-    disturbances: list[float] = []
+    texts: dict[str, list[int]] = {}  # of the first metric
+    others: list[float] = []
     for worker in workers.values():  # memory is touched, code is generated
         worker.generate([make_prompt(prose, 64)], 4)
         worker.generate([make_prompt(prose, 64, 7 * i) for i in range(STREAMS)], 2)
-    for repetition in range(repetitions):
+    for repetition in range(1, repetitions + 1):
         for metric in metrics:
-            _say(f"repetition {repetition + 1} of {repetitions}: {metric.name}")
+            _say(f"repetition {repetition} of {repetitions}: {metric.name}")
             prompts = [make_prompt(prose, metric.prompt_tokens, 50 * i) for i in range(metric.prompts)]
             for name, worker in workers.items():
                 disturbance = Disturbance(worker.pid, os.getpid())
                 timing = worker.generate(prompts, metric.new_tokens)
-                disturbances.append(disturbance.share())
+                others.append(disturbance.share())
                 rates[name][metric.name].append(metric.rate(timing))
                 texts.setdefault(name, timing.tokens[0])
-    return rates, texts, disturbances
+        keep(
+            {
+                "repetitions": repetition,
+                "tokens_per_second": rates,
+                "tokens_as_float32": {name: agreement(tokens, texts.get(EXACT, [])) for name, tokens in texts.items()},
+                "others_cpu_share": {"median": statistics.median(others), "max": max(others)},
+            }
+        )
 
 
 def agreement(tokens: list[int], reference: list[int]) -> int:
@@ -210,6 +221,8 @@ def main() -> None:
     parser.add_argument("--peers", default="llama.cpp,transformers", help="comma-separated; empty: none")
     parser.add_argument("--json", type=Path, default=RESULTS / "cpu.json", help="where the result is kept")
     arguments = parser.parse_args()
+    if arguments.repetitions < 1 or arguments.threads < 1:
+        sys.exit("--repetitions and --threads must be at least 1.")
     try:
         checkpoint = open_checkpoint(arguments.model)
     except FenError as error:
@@ -221,23 +234,22 @@ def main() -> None:
         workers, missing = start_engines(checkpoint, arguments.threads, wanted, stack)
         if "fen" in missing:
             sys.exit(f"The engine itself does not run: {missing['fen']}")
-        prose = prose_tokens(checkpoint.tokenizer)
-        rates, texts, disturbances = measure(workers, prose, METRICS, arguments.repetitions)
-    result = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": cpu_name(),
-        "versions": versions(),
-        "model": Path(checkpoint.path).name,
-        "threads": arguments.threads,
-        "repetitions": arguments.repetitions,
-        "engines": {name: {"settings": w.settings, "versions": w.versions} for name, w in workers.items()},
-        "not_run": missing,
-        "tokens_per_second": rates,
-        "tokens_as_float32": {name: agreement(tokens, texts.get(EXACT, [])) for name, tokens in texts.items()},
-        "others_cpu_share": {"median": statistics.median(disturbances), "max": max(disturbances)},
-    }
-    write_json(arguments.json, result)
+        result: dict[str, Any] = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "device": cpu_name(),
+            "versions": versions(),
+            "model": Path(checkpoint.path).name,
+            "threads": arguments.threads,
+            "engines": {name: {"settings": w.settings, "versions": w.versions} for name, w in workers.items()},
+            "not_run": missing,
+        }
+
+        def keep(measured: dict[str, Any]) -> None:
+            result.update(measured)
+            write_json(arguments.json, result)
+
+        measure(workers, prose_tokens(checkpoint.tokenizer), METRICS, arguments.repetitions, keep)
     print(render(result))
     print(f"kept in {arguments.json}")
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,16 +95,19 @@ def test_workers_measure_one_model(random_checkpoint: Callable[..., Path], monke
         assert list(workers) == ["fen", "transformers bfloat16", "transformers float32"]
         assert missing == {"llama.cpp": "left out on request"}
         prose = prose_tokens(checkpoint.tokenizer)
-        rates, texts, disturbances = measure(workers, prose, metrics, repetitions=2)
+        kept: list[dict[str, Any]] = []
+        measure(workers, prose, metrics, 2, lambda measured: kept.append(copy.deepcopy(measured)))
         with pytest.raises(PeerError, match="context"):  # a failure is an answer, and the worker lives on
             workers["fen"].generate([make_prompt(prose, 600)], 4)
-        again = workers["fen"].generate([make_prompt(prose, 20)], 6).tokens[0]
-    assert all(len(values) == 2 and min(values) > 0 for by_metric in rates.values() for values in by_metric.values())
-    assert all(len(tokens) == 6 for tokens in texts.values())
-    assert again == texts["fen"]
+        assert workers["fen"].generate([make_prompt(prose, 20)], 6).seconds > 0
+    for repetition, measured in enumerate(kept, start=1):  # a run that is cut short keeps what it has
+        assert measured["repetitions"] == repetition
+        for by_metric in measured["tokens_per_second"].values():
+            assert all(len(values) == repetition and min(values) > 0 for values in by_metric.values())
+    assert len(kept) == 2
     # The same weights on the same tokens: bfloat16 may part from float32 later, not at once.
-    assert len({tokens[0] for tokens in texts.values()}) == 1
-    assert len(disturbances) == 2 * len(metrics) * len(workers)
+    assert min(kept[0]["tokens_as_float32"].values()) >= 1
+    assert kept[0]["tokens_as_float32"]["transformers float32"] == 6
 
 
 def test_a_worker_that_does_not_start_or_dies_is_named() -> None:
