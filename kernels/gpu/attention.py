@@ -286,7 +286,7 @@ def decode_config(
     if dtype in kv_cache.QMAX:  # V's tokens are contiguous within a page only
         block_n = min(block_n, block_size)
     tile = DecodeTile(block_n, 4, 3)
-    return tuned(gpu, "decode", _case(heads, kv_heads, head_dim, block_size, dtype, gpu), tile)
+    return tuned(gpu, "decode", case_name(heads, kv_heads, head_dim, block_size, dtype, gpu), tile)
 
 
 def prefill_config(
@@ -302,7 +302,7 @@ def prefill_config(
     tile = PrefillTile(max(128, rows), block_n, 8, 2)
     if dtype is torch.float32:
         tile = PrefillTile(max(64, rows), 32, 8, 2)
-    return tuned(gpu, "prefill", _case(heads, kv_heads, head_dim, block_size, dtype, gpu), tile)
+    return tuned(gpu, "prefill", case_name(heads, kv_heads, head_dim, block_size, dtype, gpu), tile)
 
 
 def decode_splits(batch: int | None, kv_heads: int, max_len: int, gpu: Gpu) -> Splits:
@@ -347,17 +347,19 @@ def decode(
     scale: float,
     window: int = 0,
     splits: Splits | None = None,
+    tile: DecodeTile | None = None,
 ) -> torch.Tensor:
     """Attention of one query a sequence, its last token, whose key and value are in the cache already. One launch.
 
     q, out [B, heads, head_dim], rows may be strided; block_table int32 [B, P] covers the longest sequence; kv_len
     int32 [B] counts the query's token; 0 marks a padded row, whose output is zeros. window: tokens it sees, 0: all.
-    splits: default decode_splits(B, ...) for sequences as long as the block table. Returns out.
+    splits: default decode_splits(B, ...) for sequences as long as the block table; tile: default decode_config(...).
+    Returns out.
     """
     batch, heads, head_dim = q.shape
     kv_heads, gpu = cache.k.shape[1], current_gpu()
     _check(q, cache, block_table, kv_len, out)
-    tile = decode_config(heads, kv_heads, head_dim, cache.block_size, cache.k.dtype, gpu)
+    tile = tile or decode_config(heads, kv_heads, head_dim, cache.block_size, cache.k.dtype, gpu)
     splits = splits or decode_splits(batch, kv_heads, block_table.shape[1] * cache.block_size, gpu)
     assert splits.count <= MAX_SPLITS and splits.min_tokens % tile.block_n == 0, f"{splits} for {tile}"
     assert workspace.lse.numel() >= batch * heads * splits.count, "workspace too small"
@@ -383,19 +385,20 @@ def prefill(
     max_q: int,
     scale: float,
     window: int = 0,
+    tile: PrefillTile | None = None,
 ) -> torch.Tensor:
     """Causal attention of each sequence's last tokens, whose keys and values are in the cache already. One launch.
 
     q, out [T, heads, head_dim], rows may be strided; sequence b owns rows cu_q[b]:cu_q[b+1] (int32 [B+1]), at most
     max_q, the last of its kv_len[b] positions (int32 [B]); block_table int32 [B, P]. window: tokens a query sees,
-    itself included, 0: all. Returns out.
+    itself included, 0: all; tile: default prefill_config(...). Returns out.
     """
     heads, head_dim = q.shape[1:]
     blocks, kv_heads, block_size, _ = cache.k.shape
     gpu, batch = current_gpu(), kv_len.shape[0]
     _check(q, cache, block_table, kv_len, out)
     assert cu_q.dtype == torch.int32 and cu_q.shape == (batch + 1,), "cu_q"
-    tile = prefill_config(heads, kv_heads, head_dim, block_size, cache.k.dtype, gpu)
+    tile = tile or prefill_config(heads, kv_heads, head_dim, block_size, cache.k.dtype, gpu)
     tma = uses_tma(cache.k.dtype, block_size, tile, gpu)
     k, v = cache.k, cache.v
     constants = _constants(q, cache, window)
@@ -445,7 +448,7 @@ def _constants(q: torch.Tensor, cache: KVCache, window: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _case(heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, gpu: Gpu) -> str:
+def case_name(heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, gpu: Gpu) -> str:
     """The name of a case in the tuned JSON."""
     if dtype is torch.float8_e4m3fn and gpu.capability < 89:
         raise ValueError(f"{gpu.name} (sm_{gpu.capability}) has no float8: use an int8 KV cache")

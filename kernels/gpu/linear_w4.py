@@ -232,7 +232,12 @@ def config(m: int, n: int, k: int, group: int, x_dtype: torch.dtype, gpu: Gpu) -
     tile = Tile(block_m, block_n, block_k, split, warps, stages)
     while shared_memory(tile, group) > gpu.shared_memory - 2048:
         tile = dataclasses.replace(tile, num_stages=tile.num_stages - 1)
-    return tuned(gpu, "w4a16", f"m{rows} n{n} k{k} g{group} {str(x_dtype).removeprefix('torch.')}", tile)
+    return tuned(gpu, "w4a16", case_name(m, n, k, group, x_dtype), tile)
+
+
+def case_name(m: int, n: int, k: int, group: int, x_dtype: torch.dtype) -> str:
+    """The name of a case in the tuned JSON."""
+    return f"m{bucket(m)} n{n} k{k} g{group} {str(x_dtype).removeprefix('torch.')}"
 
 
 class Workspace:

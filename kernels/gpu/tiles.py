@@ -60,15 +60,16 @@ def tuned(gpu: Gpu, kernel: str, case: str, default: Tile) -> Tile:
         return default
     unknown = sorted(set(entry["tile"]) - {field.name for field in dataclasses.fields(default)})  # type: ignore[arg-type]
     if unknown:
-        raise ValueError(f"{_path(gpu.name).name}: {kernel}: {case}: unknown tile fields {', '.join(unknown)}")
+        raise ValueError(f"{tuned_path(gpu.name).name}: {kernel}: {case}: unknown tile fields {', '.join(unknown)}")
     return dataclasses.replace(default, **entry["tile"])  # type: ignore[type-var]
 
 
-def _path(name: str) -> Path:
+def tuned_path(name: str) -> Path:
+    """The file of the GPU of this name."""
     return TUNED / (re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ".json")
 
 
 @functools.lru_cache
 def _measured(name: str) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
-    path = _path(name)
+    path = tuned_path(name)
     return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,271 @@
+"""The sections of `python -m bench.gpu`. Each yields its result so far; {"not_run": why} where it cannot be done."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import itertools
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import gpu_operations, kernel_cases, kernels
+from bench import step as decode_step
+from bench.ceilings import Ceilings, measure_ceilings
+from bench.kernel_cases import Case
+from bench.operations import Place, reason
+
+Result = dict[str, Any]
+Run = Callable[[bool, Path], Iterator[Result]]
+DUMMIES = ("llama-3-8b", "yi-6b", "yi-34b")
+FAMILIES = {"w4a16": "w4", "dequant_w4": "w4", "decode": "attention", "prefill": "attention"}
+WANTED = {("llama-3-8b", 1): 170.0}  # tokens a second in 16 bits
+PROMPT, NEW = 128, 128
+
+
+def machine(dry: bool, folder: Path) -> Iterator[Result]:
+    """What this is. Without a GPU that PyTorch can use, the run ends with a sentence."""
+    if dry:
+        yield {"device": kernels.device_name(torch.device("cpu"))}
+        return
+    if not torch.cuda.is_available():
+        yield {
+            "stop": "There is no GPU here that PyTorch can use. python -m bench.gpu --dry tries everything on the CPU."
+        }
+        return
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,temperature.gpu", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        driver = reason(error)
+    found = {name: importlib.metadata.version(name) for name in ("triton",)}
+    yield {
+        "device": torch.cuda.get_device_name(),
+        "driver": driver,
+        "l2_bytes": kernels.l2_bytes(),
+        "memory": torch.cuda.get_device_properties(0).total_memory,
+        "versions": found | {"cuda": torch.version.cuda},
+    }
+
+
+def ceilings(dry: bool, folder: Path) -> Iterator[Result]:
+    device = _device(dry)
+    limits = measure_ceilings(device, small=dry)
+    text = kernels.describe(limits, kernels.device_name(device))
+    yield {"bandwidth": limits.bandwidth, "rates": limits.rates, "measured": limits.measured, "text": text}
+
+
+def check(family: str, part: int, parts: int) -> Run:
+    """The error of every case, the timed ones too: what those need compiled is then on disk. Every `parts`-th case."""
+
+    def run(dry: bool, folder: Path) -> Iterator[Result]:
+        cases = _cases(dry, family, kernel_cases.checks() + kernel_cases.short())[part::parts]
+        yield from _rows(cases, dry, folder, timed=False)
+
+    return run
+
+
+def timing(family: str) -> Run:
+    def run(dry: bool, folder: Path) -> Iterator[Result]:
+        yield from _rows(_cases(dry, family, kernel_cases.short()), dry, folder, timed=True)
+
+    return run
+
+
+def _cases(dry: bool, family: str, cases: list[Case]) -> list[Case]:
+    cases = kernel_cases.dry() if dry else list(dict.fromkeys(cases))
+    return [case for case in cases if FAMILIES.get(case.kernel, "other") == family]
+
+
+def _rows(cases: list[Case], dry: bool, folder: Path, timed: bool) -> Iterator[Result]:
+    cache = kernels.l2_bytes() if timed and not dry else 0
+    place = Place(_device(dry), cache, baselines=timed)
+    limits = _limits(folder)
+    rows: list[kernels.Row] = []
+    for row in kernels.measured(cases, gpu_operations.prepare, place, limits, 0.0 if dry else 0.05, timed):
+        rows.append(row)
+        yield {"rows": rows}
+    if len(rows) < len(cases):
+        raise RuntimeError(f"the device failed at {rows[-1]['kernel']} {rows[-1]['case']}: {rows[-1]['failed']}")
+
+
+def step(dry: bool, folder: Path) -> Iterator[Result]:
+    """One decode step of Llama-3-8B in 4 bits, launch by launch."""
+    shape = kernel_cases.TINY if dry else kernel_cases.LLAMA_3_8B
+    weights = "Q4_1" if dry else "W4 g128"
+    place = Place(_device(dry), 0)
+    launches = decode_step.gpu_launches(shape, 2 if dry else 1, 40 if dry else 1024, weights, place)
+    timed = decode_step.measure_step(launches, place.device, _limits(folder), 0.0 if dry else 0.05)
+    yield {"rows_by_launch": timed.rows, "us": timed.us, "text": decode_step.render(timed)}
+
+
+def graph_equals_eager(dry: bool, folder: Path) -> Iterator[Result]:
+    """The same prompts with and without CUDA graphs: the same tokens, and the same bits of their log-probabilities."""
+    rows: list[Result] = []
+    for model, load_format in _models(dry, folder, ("smollm2-135m",)):
+        try:
+            texts = []
+            for eager in (True, False):
+                engine = _engine(model, load_format, dry, eager)
+                texts.append(_greedy(engine, [5, 64, 130, 1, 33], 8 if dry else 48))
+                del engine
+                _free()
+            same = [a == b for a, b in zip(*texts, strict=True)]
+            rows.append({"model": model, "equal": all(same), "first": same.index(False) if False in same else None})
+        except Exception as error:
+            rows.append({"name": f"graph equals eager, {model}", "not_run": reason(error)})
+        yield {"rows": rows}
+    if all("not_run" in row for row in rows):
+        yield {"not_run": rows[0]["not_run"]}
+
+
+def end_to_end(dry: bool, folder: Path) -> Iterator[Result]:
+    """Tokens a second of the whole engine: the real SmolLM2, then dummy weights of three larger shapes."""
+    rows: list[Result] = []
+    for model, load_format in _models(dry, folder, DUMMIES):
+        name = model if load_format == "auto" else f"{model}, dummy weights"
+        try:
+            engine = _engine(model, load_format, dry, eager=False)
+            for batch in (1, 4) if dry else (1, 16, 64):
+                rate = _decode_rate(engine, batch, *((8, 4) if dry else (PROMPT, NEW)))
+                wanted = None if dry else WANTED.get((model, batch))
+                rows.append({"name": f"{name}, {batch} at a time", "tokens_per_second": rate, "wanted": wanted})
+                rows[-1]["quantization"] = engine.info.quantization
+                yield {"rows": rows}
+            del engine
+            _free()
+        except Exception as error:
+            rows.append({"name": name, "not_run": reason(error)})
+            yield {"rows": rows}
+    if all("not_run" in row for row in rows):
+        yield {"not_run": rows[0]["not_run"]}
+
+
+def transformers(dry: bool, folder: Path) -> Iterator[Result]:
+    """The peer: transformers on the same shape in bfloat16, eager, then with a static cache and torch.compile."""
+    rows: list[Result] = []
+    try:
+        model = _transformers_model(kernel_cases.TINY if dry else kernel_cases.LLAMA_3_8B, _device(dry))
+    except Exception as error:
+        yield {"not_run": reason(error)}
+        return
+    for name, cache in (("eager", None), ("static cache and torch.compile", "static")):
+        label = f"transformers {importlib.metadata.version('transformers')}, {name}, 1 at a time"
+        try:
+            rate = _generate_rate(model, cache, _device(dry), *((4, 6) if dry else (32, 96)))
+            rows.append({"name": label, "tokens_per_second": rate})
+        except Exception as error:
+            rows.append({"name": label, "not_run": reason(error)})
+        yield {"rows": rows}
+
+
+def _device(dry: bool) -> torch.device:
+    return torch.device("cpu" if dry else "cuda")
+
+
+def _limits(folder: Path) -> Ceilings:
+    """What the section "ceilings" has measured in this run."""
+    found = json.loads((folder / "ceilings.json").read_text(encoding="utf-8"))
+    return Ceilings(found["bandwidth"], found["rates"], found["measured"])
+
+
+def _models(dry: bool, folder: Path, dummies: Iterable[str]) -> list[tuple[str, str]]:
+    """(model, load format): the default model and dummies; dry: one that is made up here."""
+    if not dry:
+        return [("smollm2-135m-instruct", "auto"), *((name, "dummy") for name in dummies)]
+    tiny = folder / "tiny" / "config.json"
+    tiny.parent.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5, "eos_token_id": 0,
+    }  # fmt: skip
+    tiny.write_text(json.dumps(config), encoding="utf-8")
+    return [(str(tiny), "dummy")]
+
+
+def _engine(model: str, load_format: str, dry: bool, eager: bool) -> Any:
+    """bench.local_engine.LocalEngine; raises ImportError where the engine's libraries are missing."""
+    from bench.local_engine import LocalEngine
+    from engine.messages import EngineOptions
+
+    options = {"model": model, "load_format": load_format, "enforce_eager": eager, "enable_prefix_caching": False}
+    if dry:
+        options |= {"device": "cpu", "dtype": "float32", "threads": 1, "kv_cache_tokens": 2048}
+    else:
+        options |= {"device": "cuda", "kv_cache_tokens": 65536, "max_model_len": 1024}
+    return LocalEngine(EngineOptions(**options))
+
+
+def _prompt(length: int, seed: int, vocab: int) -> list[int]:
+    return [(7919 * (i + 1) + 104729 * (seed + 1)) % (vocab - 1) + 1 for i in range(length)]
+
+
+def _greedy(engine: Any, lengths: list[int], new: int) -> list[tuple[int, float]]:
+    """Tokens and log-probabilities of prompts that run together, one prompt after another."""
+    from engine.messages import Request, SamplingParams
+
+    params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, logprobs=0)
+    found: dict[str, list[tuple[int, float]]] = {f"p{i}": [] for i in range(len(lengths))}
+    for i, length in enumerate(lengths):
+        prompt = _prompt(length, i, engine.info.vocab_size)
+        engine.core.add(Request(id=f"p{i}", prompt=prompt, params=params, arrival=time.monotonic()))
+    while engine.core.has_work:
+        for output in engine.core.step():
+            if output.error:
+                raise RuntimeError(output.error)
+            found[output.id] += [(entry.token, entry.logprob) for entry in output.logprobs or []]
+    return list(itertools.chain.from_iterable(found.values()))
+
+
+def _decode_rate(engine: Any, batch: int, prompt: int, new: int) -> float:
+    """Tokens a second after the first of each; the median of three, after one that captures and compiles."""
+    prompts = [_prompt(prompt, seed, engine.info.vocab_size) for seed in range(batch)]
+    rates = [engine.generate(prompts, new).decode_rate for _ in range(4)]
+    return statistics.median(rates[1:])
+
+
+def _transformers_model(shape: kernel_cases.Shape, device: torch.device) -> Any:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    config = transformers.LlamaConfig(
+        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim, max_position_embeddings=4096, bos_token_id=0, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    with device:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def _generate_rate(model: Any, cache: str | None, device: torch.device, few: int, many: int) -> float:
+    """Tokens a second between two lengths of answer, so that the prompt does not count; each timed after a warm-up."""
+    prompt = torch.tensor([_prompt(PROMPT, 0, model.config.vocab_size)], device=device)
+
+    def seconds(new: int) -> float:
+        started = time.perf_counter()
+        out = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            cache_implementation=cache,
+        )  # fmt: skip
+        assert out.shape[1] == prompt.shape[1] + new
+        out.cpu()
+        return time.perf_counter() - started
+
+    for new in (few, many):
+        seconds(new)
+    return (many - few) / (
+        statistics.median(seconds(many) for _ in range(3)) - statistics.median(seconds(few) for _ in range(3))
+    )
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
