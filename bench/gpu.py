@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -75,7 +76,7 @@ def main() -> None:
     if arguments.dry:
         os.environ["TRITON_INTERPRET"] = "1"
     os.environ["USE_HUB_KERNELS"] = "NO"  # transformers' optional package `kernels` is not this project's
-    folder: Path = arguments.output or RESULTS / ("gpu-dry" if arguments.dry else "gpu")
+    folder: Path = arguments.output or (Path(tempfile.mkdtemp()) if arguments.dry else RESULTS / "gpu")
     deadline = time.monotonic() + 60 * arguments.minutes
     results: dict[str, Result] = {}
     waiting = sections()
@@ -101,7 +102,7 @@ def run_batch(batch: list[Section], folder: Path, dry: bool, deadline: float) ->
     for section in batch:
         earlier = _read(folder, section)
         left = min(float(section.limit), deadline - time.monotonic())
-        if earlier.get("complete") and earlier.get("commit") == commit() and section.name != "machine":
+        if earlier.get("complete") and _same_code(earlier) and section.name != "machine":
             results[section.name] = earlier
             print(f"{section.name}: kept from {earlier['date']}", flush=True)
         elif left < 5:
@@ -118,6 +119,11 @@ def run_batch(batch: list[Section], folder: Path, dry: bool, deadline: float) ->
             results[section.name] = _collect(section, process, folder)
             print(f"{section.name}: {_state(results[section.name])}", flush=True)
     return results
+
+
+def _same_code(earlier: Result) -> bool:
+    now = commit()
+    return earlier["commit"] == now and not now.endswith("-dirty")
 
 
 def _collect(section: Section, process: BaseProcess, folder: Path) -> Result:

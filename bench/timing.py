@@ -6,6 +6,7 @@ work on different buffers (`copies` says how many), and goes through them in tur
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -70,8 +71,11 @@ def capture(calls: Sequence[Call], count: int) -> torch.cuda.CUDAGraph:
         try:
             for i in range(count):
                 calls[i % len(calls)]()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the first error says more than that of a broken capture
+                graph.capture_end()
+            raise
+        graph.capture_end()
     torch.cuda.synchronize()
     return graph
 
