@@ -81,21 +81,21 @@ class Attention:
         out = torch.empty(tokens, heads, dim, dtype=q.dtype)
         for i, span in enumerate(self._spans):
             k, v = (x.to(q.dtype) for x in self._kv(i, layer))
+            x = q.narrow(0, span.row, span.rows).transpose(0, 1).unsqueeze(0)
             mask = self._masks[i]
-            for first in range(0, span.rows, QUERY_SLAB if self._invariant else span.rows):
-                count = min(span.rows - first, QUERY_SLAB) if self._invariant else span.rows
-                x = q.narrow(0, span.row + first, count)
-                if self._invariant:
-                    x = F.pad(x, (0, 0, 0, 0, 0, -count % QUERY_TILE))
-                y = F.scaled_dot_product_attention(
-                    x.transpose(0, 1).unsqueeze(0),
-                    k,
-                    v,
-                    attn_mask=mask[first : first + x.shape[0]] if mask is not None else None,
-                    is_causal=mask is None and count > 1,
-                    enable_gqa=heads != kv_heads,
+            if mask is None:
+                y = _chunk(x, k, v)
+            elif self._invariant:
+                y = torch.cat(
+                    [
+                        _masked(part, k, v, mask[first : first + QUERY_SLAB])
+                        for first, part in zip(range(0, span.rows, QUERY_SLAB), x.split(QUERY_SLAB, 2), strict=True)
+                    ],
+                    2,
                 )
-                out.narrow(0, span.row + first, count).copy_(y[0, :, :count].transpose(0, 1))
+            else:
+                y = _masked(x, k, v, mask)
+            out.narrow(0, span.row, span.rows).copy_(y[0].transpose(0, 1))
         return out.view(tokens, heads * dim)
 
     def _keys(self, span: Span) -> tuple[int, int]:
@@ -123,9 +123,9 @@ class Attention:
         return k, v
 
     def _mask(self, span: Span, start: int, end: int) -> torch.Tensor | None:
-        """Additive [rows, keys]; None where a causal or no mask does."""
+        """Additive [rows, keys], rows in whole tiles if batch-invariant; None where `_chunk` does."""
         context = span.length - span.rows
-        if not self._invariant and (span.rows == 1 or (context == 0 and (not self._window or end <= self._window))):
+        if not self._invariant and (span.rows == 1 or not self._window or end - start <= self._window):
             return None
         padding = -span.rows % QUERY_TILE if self._invariant else 0
         queries = torch.arange(context, span.length + padding).unsqueeze(1)
@@ -134,3 +134,31 @@ class Attention:
         if self._window:
             seen &= keys > queries - self._window
         return torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, -torch.inf)
+
+
+def _chunk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of the last positions: q [1, H, rows, D], k and v [1, Hkv, keys, D] -> [1, H, rows, D].
+
+    No mask is read, which would cost more than the scores: one call for the keys that every query sees, one for the
+    diagonal, joined by the weights that their log-sum-exps give.
+    """
+    _, heads, rows, dim = q.shape
+    _, kv_heads, keys, _ = k.shape
+    context, group = keys - rows, heads // kv_heads
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    late_k, late_v = (x[:, :, context:].repeat_interleave(group, 1) for x in (k, v))
+    diagonal, diagonal_lse = flash(q, late_k, late_v, 0.0, True)
+    if not context:
+        return diagonal  # type: ignore[no-any-return]
+    grouped = q.reshape(1, kv_heads, group * rows, dim)
+    past, past_lse = flash(grouped, k[:, :, :context], v[:, :, :context])
+    weight = torch.sigmoid(diagonal_lse - past_lse.reshape(diagonal_lse.shape)).unsqueeze(-1).to(q.dtype)
+    return torch.lerp(past.reshape(q.shape), diagonal, weight)
+
+
+def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Attention under an additive mask that may have more rows than q, which is padded to them."""
+    rows = q.shape[2]
+    q = F.pad(q, (0, 0, 0, mask.shape[0] - rows))
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)[:, :, :rows]

@@ -3,6 +3,7 @@ arithmetic. The residual stream is float32 throughout."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -23,19 +24,24 @@ def add_rmsnorm(
     """
     if delta is not None:
         residual.add_(delta)
-    length = torch.linalg.vector_norm(residual, dim=-1, keepdim=True)
-    length = length.hypot_(length.new_full((), math.sqrt(residual.shape[-1] * eps)))
-    out = torch.empty(residual.shape, dtype=dtype)
-    return torch.div(residual * weight, length, out=out)
+    length = torch.linalg.vector_norm(residual, dim=-1, keepdim=True).hypot_(_epsilon(residual.shape[-1], eps))
+    if dtype == residual.dtype:
+        return (residual * weight).div_(length)
+    return torch.div(residual * weight, length, out=torch.empty(residual.shape, dtype=dtype))
+
+
+@functools.cache
+def _epsilon(size: int, eps: float) -> torch.Tensor:
+    """sqrt(size * eps): what the length of a vector of `size` elements is taken together with."""
+    return torch.tensor(math.sqrt(size * eps))
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up [T, 2 I] -> silu(gate) * up [T, I], the same dtype. float16 saturates instead of overflowing."""
     half = gate_up.shape[-1] // 2
     gate, up = gate_up[:, :half], gate_up[:, half:]
-    if gate_up.dtype == torch.float16:
-        return F.silu(gate.float()).mul_(up).clamp_(-65504, 65504).half()
-    return F.silu(gate).mul_(up)
+    out = F.silu(gate).mul_(up)
+    return out.clamp_(-65504, 65504) if out.dtype == torch.float16 else out
 
 
 def rope_and_cache_write(
@@ -63,7 +69,7 @@ def rope_and_cache_write(
         q_weight, k_weight, eps = qk_norm
         for part, weight in ((x[:, :heads], q_weight), (x[:, heads : heads + kv_heads], k_weight)):
             length = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
-            part.mul_(weight).div_(length.hypot_(length.new_full((), math.sqrt(part.shape[-1] * eps))))
+            part.mul_(weight).div_(length.hypot_(_epsilon(part.shape[-1], eps)))
     torch.view_as_complex(x[:, : heads + kv_heads].unflatten(-1, (-1, 2))).mul_(rotations)
     if cache.dtype == dtype:
         x = x.to(dtype)
