@@ -9,16 +9,15 @@ from rich.panel import Panel
 from rich.table import Table
 
 from engine.messages import EngineInfo
-from server.settings import ServerSettings
+from server.service import Service
 
 
-def print_banner(
-    console: Console, info: EngineInfo, model: str, host: str, port: int, settings: ServerSettings
-) -> None:
+def print_banner(console: Console, info: EngineInfo, service: Service, host: str, port: int) -> None:
     """`host`, `port`: where it listens."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     url = f"http://{shown}:{port}"
     tokens = info.num_blocks * info.block_size
+    model, settings, (price, reason) = service.model, service.settings, service.price()
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -30,6 +29,7 @@ def print_banner(
             "Limits",
             f"context {info.max_model_len:,}, {settings.engine.max_num_seqs} at once, queue of {settings.max_queue}",
         ),
+        ("Price", f"US${price.usd_per_device_hour:g} per device-hour ({price.name})" if price else reason),
         ("Loaded in", f"{info.load_seconds:.1f} s"),
         ("OpenAI API", f"{url}/v1   (metrics: {url}/metrics, routes: {url}/docs)"),
     ):

@@ -31,6 +31,7 @@ class Choice:
         self.ended = arrival
         self.cached_tokens = 0
         self.queue_seconds = 0.0
+        self.device_seconds: dict[str, float] | None = None  # by class of the ledger, once it has finished
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
@@ -59,10 +60,13 @@ class Choice:
             async with contextlib.aclosing(self.service.client.generate(request)) as outputs:
                 async for output in outputs:
                     self._clock(output)
+                    self.device_seconds = output.device_seconds
                     delta = self._text.add(output)
                     self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
                     if delta.finish_reason == "error":
                         raise ApiError(500, output.error or "the engine failed on this request")
+                    if delta.cancel:
+                        self.service.client.finish(self.id, self.completion_tokens, output.device_seconds or {})
                     yield delta
                     if delta.finish_reason is not None:
                         return

@@ -70,6 +70,14 @@ ENGINE: dict[str, Any] = {
     "seed": Annotated[int, typer.Option(metavar="N", help="Of requests that bring none.")],
 }
 
+PriceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PRICE",
+        help="US$ per device-hour, or the name of a device such as cpu-4vcpu; default: by the GPU's name.",
+    ),
+]
+
 SERVER: dict[str, Any] = {
     "host": Annotated[str, typer.Option(metavar="HOST", help="Address to listen on; 0.0.0.0 is every network.")],
     "port": Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port to listen on; 0 takes a free one.")],
@@ -82,6 +90,7 @@ SERVER: dict[str, Any] = {
     "drain_timeout": Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="What running requests get after SIGTERM.")
     ],
+    "price": PriceOption,
     "cors_origins": Annotated[
         list[str], typer.Option(metavar="ORIGIN", help="A web origin that may call; may be given several times.")
     ],

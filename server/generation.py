@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from engine.detokenizer import TextDelta
 from engine.messages import EngineInfo
 from server.choice import Choice
+from server.cost import reply_cost
 from server.errors import as_api_error
 from server.protocol import GenerationBody, StreamOptions
 from server.service import Service
@@ -122,7 +123,7 @@ class Generation(Response):
         await self.run_choices(choices, keep)
         reply = self.head(self.shape.kind)
         reply["choices"] = [self.shape.whole(choice, deltas[choice.index]) for choice in choices]
-        reply["usage"] = self.usage(choices)
+        reply["usage"] = self.usage(choices) | self.cost(choices)
         reply["metrics"] = self.timing(choices)
         data = encode_json(reply)
         self.raw_headers.append((b"content-length", str(len(data)).encode()))
@@ -135,7 +136,8 @@ class Generation(Response):
             await self.run_choices(choices, self.send_delta)
             if self.options.include_usage:
                 last = self.head(self.shape.chunk_kind)
-                last |= {"choices": [], "usage": self.usage(choices), "metrics": self.timing(choices)}
+                last |= {"choices": [], "usage": self.usage(choices) | self.cost(choices)}
+                last["metrics"] = self.timing(choices)
                 await self.write(b"data: " + encode_json(last) + b"\n\n")
         except Exception as error:
             if not self.begun:
@@ -177,6 +179,9 @@ class Generation(Response):
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in firsts)},
         }
+
+    def cost(self, choices: list[Choice]) -> Json:
+        return reply_cost((choice.device_seconds for choice in choices), *self.service.price())
 
     def generated(self, choice: Choice) -> int:
         return 0 if self.asked.limit() == 0 else choice.completion_tokens

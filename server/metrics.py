@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server.cost import per_million
+
 if TYPE_CHECKING:
     from server.choice import Choice
     from server.service import Service
@@ -61,6 +63,7 @@ class Metrics:
         self.prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
         self.generation_tokens = histogram("request_generation_tokens", "Generated tokens of a request.", TOKENS)
         self.registry.register(EngineCollector(service))
+        self.registry.register(CostCollector(service))
 
     def observe(self, choice: Choice) -> None:
         """Book one finished choice."""
@@ -119,3 +122,56 @@ class EngineCollector(Collector):
             )
             config.add_metric([*name, str(info.block_size), str(info.num_blocks)], 1)
             yield config
+
+
+class CostCollector(Collector):
+    """The ledger; US$ only where there is a price. The cost of a million tokens is under OpenCost's name and labels."""
+
+    def __init__(self, service: Service):
+        self.service = service
+
+    def collect(self) -> Iterator[Metric]:
+        service, name = self.service, self.service.model
+        ledger = service.client.stats.ledger
+        if ledger is None:
+            return
+        price, _ = service.price()
+        wall = GaugeMetricFamily("fen:ledger_seconds", "Time that the ledger covers.", labels=["model_name"])
+        wall.add_metric([name], ledger.end - ledger.start)
+        in_flight = GaugeMetricFamily(
+            "fen:in_flight_device_seconds", "Device seconds of running requests.", labels=["model_name"]
+        )
+        in_flight.add_metric([name], ledger.seconds["in_flight"])
+        seconds = CounterMetricFamily("fen:device_seconds", "Device seconds by class.", labels=["model_name", "class"])
+        cost = CounterMetricFamily("fen:cost_usd", "US$ by class of device seconds.", labels=["model_name", "class"])
+        for kind, value in ledger.seconds.items():
+            if kind != "in_flight":
+                seconds.add_metric([name, kind], value)
+                if price is not None:
+                    cost.add_metric([name, kind], value * price.per_second)
+        yield from (wall, in_flight, seconds)
+        joules, _ = service.energy.read(service.client.info.device) if service.client.info else (None, None)
+        if joules is not None:
+            energy = CounterMetricFamily("fen:energy_joules", "By NVML's counter.", labels=["model_name"])
+            energy.add_metric([name], joules)
+            yield energy
+        if price is None:
+            return
+        yield cost
+        rate = GaugeMetricFamily(
+            "fen:price_usd_per_device_hour", "The price.", labels=["model_name", "price", "date", "source"]
+        )
+        rate.add_metric([name, price.name, price.date, price.source], price.usd_per_device_hour)
+        yield rate
+        million = GaugeMetricFamily(
+            "llm_cost_per_million_tokens",
+            "US$ per million tokens; usage is the work with its waste, allocation is the whole bill.",
+            labels=["model_name", "phase", "cost_basis"],
+        )
+        costs = per_million(ledger, price)
+        phases = {"": "blended_3_to_1", "prompt": "prompt", "cached": "cached_prompt", "generation": "decode"}
+        for label, basis in (("usage", "busy"), ("allocation", "wall")):
+            for phase, kind in phases.items():
+                if (usd := costs[basis][kind]) is not None:
+                    million.add_metric([name, phase, label], usd)
+        yield million

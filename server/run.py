@@ -15,12 +15,15 @@ from engine.core.client import EngineClient
 from engine.errors import FenError
 from server.app import create_app
 from server.banner import print_banner
+from server.cost import parse_price
 from server.service import Service
 from server.settings import ServerSettings
 
 
 def serve(settings: ServerSettings) -> None:
     """Returns after a signal, when everything in flight is answered. Raises FenError when it cannot run at all."""
+    if settings.price is not None:
+        parse_price(settings.price)  # refused before anything is loaded
     console = Console(stderr=True)
     with claim_port(settings.host, settings.port) as listener:
         checkpoint = open_checkpoint(settings.engine.model, settings.engine.load_format)
@@ -36,7 +39,7 @@ def serve(settings: ServerSettings) -> None:
                 failure, server.should_exit = error, True
             else:
                 host, port = listener.getsockname()[:2]
-                print_banner(console, info, service.model, host, port, settings)
+                print_banner(console, info, service, host, port)
 
         app = create_app(
             client,

@@ -15,6 +15,8 @@ from engine.checkpoint.tokenizer import Tokenizer
 from engine.core.client import EngineClient
 from engine.errors import RequestError
 from engine.messages import EngineInfo
+from server.cost import Price, no_price, parse_price, price_of
+from server.energy import EnergyMeter
 from server.errors import ApiError
 from server.metrics import Metrics
 from server.protocol import ChatCompletionRequest, CompletionRequest, GenerationBody, Message
@@ -47,6 +49,8 @@ class Service:
         self.draining = False
         self.admitted = 0  # completions accepted and not yet answered
         self.choices: set[Choice] = set()  # of these, the ones handed to the engine
+        self.energy = EnergyMeter()
+        self._price = None if settings.price is None else parse_price(settings.price)
         self.metrics = Metrics(self)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
 
@@ -123,6 +127,15 @@ class Service:
             yield
         finally:
             self.admitted -= count
+
+    def price(self) -> tuple[Price | None, str | None]:
+        """Of the device, or why it is not known."""
+        if self._price is not None:
+            return self._price, None
+        if self.client.info is None:
+            return None, "the device is not known before the engine is ready"
+        price = price_of(self.client.info.device)
+        return price, no_price(self.client.info.device) if price is None else None
 
     # Text
 

@@ -17,4 +17,5 @@ class ServerSettings(msgspec.Struct, kw_only=True):
     max_queue: int = 256  # completions that may wait for a place in the batch before 429
     drain_timeout: float = 30.0  # seconds that requests in flight get after SIGTERM
     cors_origins: list[str] = []  # empty: no CORS headers
+    price: str | None = None  # US$ per device-hour, or a device of seeds/prices.toml; default: by the GPU's name
     engine: EngineOptions = msgspec.field(default_factory=EngineOptions)

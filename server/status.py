@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
+from server.cost import summary
 from server.errors import ApiError
 from server.service import Service
 from server.version import version
@@ -73,6 +74,28 @@ async def load(request: Request) -> dict[str, Any]:
         "kv_cache_usage": usage,
         "kv_blocks_used": stats.blocks_used,
         "kv_blocks_total": stats.blocks_total,
+    }
+
+
+@router.get("/v1/cost")
+async def cost(request: Request) -> dict[str, Any]:
+    """Where every device second since the start went, and what it cost (docs/cost.md)."""
+    service: Service = request.app.state.service
+    info, ledger = service.client.info, service.client.stats.ledger
+    if ledger is None:
+        raise ApiError(503, "the engine keeps no ledger", retry_after=2)
+    device = info.device if info else None
+    joules, reason = service.energy.read(device) if device else (None, "the engine is not ready")
+    made_up = service.settings.engine.load_format == "dummy"
+    notes = {"measured on a CPU": bool(device and device.startswith("cpu")), "the weights are made up": made_up}
+    return {
+        "object": "cost",
+        "model": service.model,
+        "quantization": info.quantization if info else None,
+        "device": device,
+        "notes": [note for note, true in notes.items() if true],
+        **summary(ledger, *service.price()),
+        "energy": {"joules": joules, "reason": reason},
     }
 
 

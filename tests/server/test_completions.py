@@ -79,6 +79,8 @@ def test_completion_stream_equals_whole(request: pytest.FixtureRequest, fields: 
     assert events[-1]["choices"] == []
     for detail in (whole["usage"], events[-1]["usage"]):
         detail.pop("prompt_tokens_details")  # the second finds more in the prefix cache
+        details = detail.pop("cost_details")  # its time is its own
+        assert details["device_seconds"]["prompt"] > 0 and "--price" in details["reason"]
     assert events[-1]["usage"] == whole["usage"]
     assert all(event["usage"] is None for event in events[:-1])
     for choice in whole["choices"]:

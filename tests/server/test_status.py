@@ -23,7 +23,9 @@ def test_models(server: LiveServer) -> None:
     assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/load", "/metrics", "/v1/models", "/openapi.json"])
+@pytest.mark.parametrize(
+    "path", ["/health", "/ready", "/version", "/load", "/metrics", "/v1/models", "/v1/cost", "/openapi.json"]
+)
 def test_get_and_head(server: LiveServer, path: str) -> None:
     assert server.http.get(path).status_code == 200
     head = server.http.head(path)
