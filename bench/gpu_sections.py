@@ -132,11 +132,11 @@ def end_to_end(dry: bool, folder: Path) -> Iterator[Result]:
         name = model if load_format == "auto" else f"{model}, dummy weights"
         try:
             engine = _engine(model, load_format, dry, eager=False)
+            about = {"quantization": engine.info.quantization, "dtype": engine.info.dtype}
             for batch in (1, 4) if dry else (1, 16, 64):
                 rate = _decode_rate(engine, batch, *((8, 4) if dry else (PROMPT, NEW)))
                 wanted = None if dry else WANTED.get((model, batch))
-                rows.append({"name": f"{name}, {batch} at a time", "tokens_per_second": rate, "wanted": wanted})
-                rows[-1]["quantization"] = engine.info.quantization
+                rows.append({"name": f"{name}, {batch} at a time", "tokens_per_second": rate, "wanted": wanted} | about)
                 yield {"rows": rows}
             del engine
             _free()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from bench import kernel_cases
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.kernel_cases import Case
-from bench.machine import commit, cpu_name, versions
+from bench.machine import Disturbance, commit, cpu_name, versions
 from bench.operations import BenchError, Operation, Place, Prepare, reason
 from bench.report import markdown_table, write_json
 from bench.timing import measure
@@ -44,6 +45,7 @@ def run(
             "There is no GPU here that PyTorch can use: the Triton kernels are not timed. What follows are the "
             f"operations of the CPU path, on {torch.get_num_threads()} threads."
         )
+    meanwhile = Disturbance(os.getpid())
     ceilings = measure_ceilings(place.device)
     print(describe(ceilings, device_name(place.device)))
     rows: list[Row] = []
@@ -51,8 +53,9 @@ def run(
         chosen = [case for case in cases if case.kernel == kernel]
         rows += list(measured(chosen, prepare, place, ceilings, SECONDS))
         print("\n" + table([row for row in rows if row["kernel"] == kernel]), flush=True)
+    print("\n" + disturbed(meanwhile))
     if output is not None:
-        save(Path(output), rows, ceilings, device_name(place.device))
+        save(Path(output), rows, result(ceilings, device_name(place.device), meanwhile) | {"rows": rows}, ceilings)
     return bool(rows) and all(row_is_right(row) for row in rows)
 
 
@@ -175,6 +178,8 @@ def table(rows: list[Row]) -> str:
         "target",
     ]
     body = [_cells(row, names) for row in rows]
+    if not any(cells[-1] for cells in body):
+        header, body = header[:-1], [cells[:-1] for cells in body]
     notes = dict.fromkeys(
         f"{name}: not run, {entry['not_run']}"
         for row in rows
@@ -208,9 +213,13 @@ def _cells(row: Row, names: list[str]) -> list[str]:
     ]
 
 
-def save(folder: Path, rows: list[Row], ceilings: Ceilings, device: str) -> None:
+def disturbed(meanwhile: Disturbance) -> str:
+    return f"Other processes used {meanwhile.share():.0%} of the CPUs meanwhile."
+
+
+def save(folder: Path, rows: list[Row], kept: dict[str, Any], ceilings: Ceilings) -> None:
     """kernels.json, kernels.csv, and plots where matplotlib is installed."""
-    write_json(folder / "kernels.json", result(rows, ceilings, device))
+    write_json(folder / "kernels.json", kept)
     write_csv(folder / "kernels.csv", rows)
     try:
         from bench.plots import plot
@@ -222,7 +231,8 @@ def save(folder: Path, rows: list[Row], ceilings: Ceilings, device: str) -> None
     print(f"kept in {folder}: kernels.json, kernels.csv{''.join(f', {name}' for name in names)}")
 
 
-def result(rows: list[Row], ceilings: Ceilings, device: str) -> dict[str, Any]:
+def result(ceilings: Ceilings, device: str, meanwhile: Disturbance) -> dict[str, Any]:
+    """Where and how something was measured."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -230,7 +240,7 @@ def result(rows: list[Row], ceilings: Ceilings, device: str) -> dict[str, Any]:
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "ceilings": {"bandwidth": ceilings.bandwidth, "rates": ceilings.rates, "measured": ceilings.measured},
-        "rows": rows,
+        "others_cpu_share": meanwhile.share(),
     }
 
 

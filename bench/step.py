@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from bench import kernel_cases, kernels
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.kernel_cases import FORMATS, Case, Shape
+from bench.machine import Disturbance
 from bench.operations import BenchError, Operation, Place
 from bench.report import markdown_table, write_json
 from bench.timing import Call, measure
@@ -54,6 +56,7 @@ def run(
     cpu = place.device.type == "cpu"
     if cpu and weights != "Q4_1":
         raise BenchError(f"On a CPU the 4-bit weights are Q4_1; {weights} runs on a GPU.")
+    meanwhile = Disturbance(os.getpid())
     ceilings = measure_ceilings(place.device)
     print(kernels.describe(ceilings, kernels.device_name(place.device)))
     shape = kernel_cases.MODELS[model]
@@ -65,9 +68,9 @@ def run(
     timed = measure_step(make(place), place.device, ceilings, kernels.SECONDS)
     print(f"\n{model}, {weights}, random weights: one decode step of {batch} sequences with {context} tokens each")
     print(render(timed))
+    print(kernels.disturbed(meanwhile))
     if json_path is not None:
-        head = kernels.result([], ceilings, kernels.device_name(place.device))
-        del head["rows"]
+        head = kernels.result(ceilings, kernels.device_name(place.device), meanwhile)
         what = {"model": model, "batch": batch, "context": context, "weights": weights}
         write_json(Path(json_path), head | what | {"us": timed.us, "launches": timed.rows})
 
