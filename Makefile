@@ -7,12 +7,16 @@ DEV := $(VENV)/installed-dev
 # On a terminal pip shows its progress; in CI only what goes wrong.
 PIP_INSTALL := $(PY) -m pip install $(if $(CI),--quiet) --disable-pip-version-check --constraint constraints.txt --editable
 
+# A GPU's price is found by its name.
+CPU_PRICE = $(if $(shell command -v nvidia-smi),,cpu-4vcpu)
+
 .PHONY: help serve test lint format bench-cpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make serve      install into .venv and serve a model on http://127.0.0.1:8000"
 	@echo "                MODEL=name-or-path  PORT=8000  ARGS='--dtype float32 --max-num-seqs 16'"
+	@echo "                PRICE=cpu-4vcpu  what the device costs: a name of seeds/prices.toml, or US$$ an hour"
 	@echo "make test       every test that this machine can run; ARGS='-k scheduler' narrows it"
 	@echo "make lint       ruff, mypy, and the number of lines of engine/ and kernels/"
 	@echo "make format     let ruff rewrite the files"
@@ -20,7 +24,8 @@ help:
 	@echo "make clean      remove .venv and every cache"
 
 serve: $(RUN_TIME)
-	@exec $(VENV)/bin/fen serve $(if $(MODEL),--model "$(MODEL)") $(if $(PORT),--port $(PORT)) $(ARGS)
+	@exec $(VENV)/bin/fen serve $(if $(MODEL),--model "$(MODEL)") $(if $(PORT),--port $(PORT)) \
+		$(if $(or $(PRICE),$(CPU_PRICE)),--price $(or $(PRICE),$(CPU_PRICE))) $(ARGS)
 
 test: $(DEV)
 	@$(PY) tests/run.py $(ARGS)

@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 
 from engine.errors import FenError
 from engine.messages import EngineOptions, SamplingParams
-from server.flags import SERVER, engine_options, options_of
+from server.flags import SERVER, PriceOption, engine_options, options_of
 from server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def chat(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Tokens of an answer; default: the rest of the context.")
     ] = None,
+    price: PriceOption = None,
 ) -> None:
     """Talk to a model in the terminal."""
     from rich.console import Console
@@ -106,11 +107,13 @@ def chat(
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens or REST_OF_CONTEXT)
     console = Console(highlight=False)
     if url is not None:
+        if price is not None:
+            raise typer.BadParameter("the server at --url has its own", param_hint="'--price'")
         remote = RemoteModel(url)
         console.print(f"{remote.model} at {remote.url}", markup=False)
         converse(remote, params, system, console)
         return
-    with _start(engine) as model:
+    with _start(engine, price) as model:
         console.print(f"{model.info.model} ({model.info.quantization}) on {model.info.device}", markup=False)
         converse(model, params, system, console)
 
@@ -150,6 +153,21 @@ def run(
             sys.stdout.flush()
         print(flush=True)
         typer.secho(model.usage.line(), err=True, dim=True)
+
+
+@app.command()
+def cost(
+    url: Annotated[str, typer.Option(metavar="URL", help="Where the server is.")] = "http://127.0.0.1:8000",
+) -> None:
+    """Show where a running server's time went, and what its tokens cost.
+
+    Seconds by class, the bill, US$ per million tokens; docs/cost.md explains them.
+    """
+    from rich.console import Console
+
+    from server.show_cost import show_cost
+
+    show_cost(url, Console(highlight=False))
 
 
 @app.command()
@@ -277,15 +295,17 @@ def _refusals() -> Iterator[None]:
         raise FenError(str(error)) from None
 
 
-def _start(engine: EngineOptions) -> LocalModel:
+def _start(engine: EngineOptions, price: str | None = None) -> LocalModel:
     """An engine of one's own, with a progress line on standard error while it loads."""
     _check_installation()
     from rich.console import Console
 
+    from server.cost import parse_price
     from server.local_model import LocalModel
 
+    known = None if price is None else parse_price(price)
     with Console(stderr=True).status(f"loading {engine.model}") as status:
-        return LocalModel(engine, lambda stage, fraction: status.update(f"{stage} {fraction:.0%}"))
+        return LocalModel(engine, lambda stage, fraction: status.update(f"{stage} {fraction:.0%}"), known)
 
 
 def _check_installation() -> None:

@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -20,6 +20,7 @@ from engine.core.client import EngineClient
 from engine.detokenizer import OutputText
 from engine.errors import FenError, RequestError
 from engine.messages import EngineInfo, EngineOptions, Request, SamplingParams
+from server.cost import USE, Price, price_of, usd
 
 T = TypeVar("T")
 Messages = list[dict[str, str]]
@@ -36,6 +37,20 @@ class Usage:
     first_seconds: float = 0.0
     seconds: float = 0.0
     finish_reason: str | None = None  # None: interrupted
+    device_seconds: float | None = None  # that the answer itself took
+    usd_per_hour: float | None = None  # of the device
+
+    def charge(self, device_seconds: Mapping[str, float] | None) -> None:
+        """Takes what the answer was charged with, by class of the ledger."""
+        if device_seconds is not None:
+            self.device_seconds = sum(device_seconds[name] for name in USE)
+
+    def cost(self) -> str:
+        if self.device_seconds is None:
+            return ""
+        if self.usd_per_hour is None:
+            return f"{self.device_seconds:.2f} device-seconds"
+        return f"{usd(self.device_seconds * self.usd_per_hour / 3600)} at US${self.usd_per_hour:g} a device-hour"
 
     def line(self) -> str:
         """The line under an answer. The first token belongs to the prompt's time, so the rate counts those after it."""
@@ -47,6 +62,7 @@ class Usage:
             f"{rate:.1f} tokens/s" if rate else "",
             f"first after {self.first_seconds:.2f} s",
             f"prompt of {self.prompt_tokens}, {self.cached_tokens} from the cache" if self.prompt_tokens else "",
+            self.cost(),
             {"length": "cut off: the limit of tokens is reached", None: "stopped"}.get(self.finish_reason, ""),
         ]
         return " · ".join(part for part in parts if part)
@@ -58,7 +74,12 @@ class LocalModel:
     Raises CheckpointError or CapacityError (by way of EngineDeadError) when the model cannot be served.
     """
 
-    def __init__(self, options: EngineOptions, on_loading: Callable[[str, float], None] | None = None):
+    def __init__(
+        self,
+        options: EngineOptions,
+        on_loading: Callable[[str, float], None] | None = None,
+        price: Price | None = None,
+    ):
         checkpoint = open_checkpoint(options.model, options.load_format)
         self.tokenizer, self.template = checkpoint.tokenizer, checkpoint.chat_template
         self.usage = Usage()
@@ -68,6 +89,8 @@ class LocalModel:
         self._client = EngineClient(options)
         try:
             self.info: EngineInfo = self._run(self._client.start(on_loading))
+            price = price or price_of(self.info.device)
+            self._usd_per_hour = price and price.usd_per_device_hour
         except BaseException:
             self.close()
             raise
@@ -105,7 +128,7 @@ class LocalModel:
                 "shorten it, or raise --max-model-len"
             )
         params = msgspec.structs.replace(params, max_tokens=min(params.max_tokens, room))
-        self.usage = Usage(prompt_tokens=len(ids))
+        self.usage = Usage(prompt_tokens=len(ids), usd_per_hour=self._usd_per_hour)
         pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
         future = asyncio.run_coroutine_threadsafe(self._generate(ids, params, self.usage, pieces.put), self._loop)
         try:
@@ -136,6 +159,9 @@ class LocalModel:
                     if delta.text:
                         put(delta.text)
                     if delta.finish_reason is not None:
+                        usage.charge(output.device_seconds)
+                        if delta.cancel:
+                            self._client.finish(request.id, text.num_tokens, output.device_seconds or {})
                         usage.finish_reason = delta.finish_reason
                         break
             put(None)

@@ -37,7 +37,7 @@ class RemoteModel:
             raise FenError(f"--url takes an address such as http://127.0.0.1:8000, not {url!r}")
         self.url = url.rstrip("/").removesuffix("/v1")
         self.usage = Usage()
-        with self._call("/v1/models") as reply:
+        with self.call("/v1/models") as reply:
             models = json.load(reply)["data"]
         if not models:
             raise FenError(f"the server at {self.url} serves no model")
@@ -57,7 +57,7 @@ class RemoteModel:
             body["max_tokens"] = params.max_tokens
         usage = self.usage = Usage()
         start = time.monotonic()
-        with self._call("/v1/chat/completions", body) as reply:
+        with self.call("/v1/chat/completions", body) as reply:
             for event in _events(reply):
                 if "error" in event:
                     raise FenError(event["error"]["message"])
@@ -72,9 +72,13 @@ class RemoteModel:
                     usage.prompt_tokens = counts["prompt_tokens"]
                     usage.completion_tokens = counts["completion_tokens"]
                     usage.cached_tokens = (counts.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+                    details = counts.get("cost_details") or {}  # a Fen server
+                    usage.charge(details.get("device_seconds"))
+                    usage.usd_per_hour = (details.get("price") or {}).get("usd_per_device_hour")
 
     @contextlib.contextmanager
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> Iterator[http.client.HTTPResponse]:
+    def call(self, path: str, body: dict[str, Any] | None = None) -> Iterator[http.client.HTTPResponse]:
+        """A GET, or a POST of `body`. Raises FenError, also when what is done with the reply finds it malformed."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,30 @@ def test_chat_with_a_running_server(server: LiveServer) -> None:
     result = fen_process("chat", "--url", server.url, "--temperature", "0", "--max-tokens", "20", text=question)
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout and re.search(r"[\d.]+ tokens/s", result.stdout)
+
+
+def test_chat_says_what_a_turn_cost(launch: Callable[..., LiveServer], model: list[str]) -> None:
+    """A turn's device seconds without a price, US$ with one: of the server, or of an engine of one's own."""
+    line, priced = r"\d\.\d\d device-seconds", r"US\$0\.0*[1-9]\d? at US\$0\.0279 a device-hour"
+    question = "Hi\n/exit\n"
+    options = ("--max-tokens", "5")
+    assert re.search(line, fen_process("chat", *options, *model, text=question).stdout)
+    own = fen_process("chat", *options, "--price", "cpu-4vcpu", *model, text=question)
+    assert re.search(priced, own.stdout), own.stderr
+    server = launch(price="0.0279")
+    assert re.search(priced, fen_process("chat", "--url", server.url, *options, text=question).stdout)
+    both = fen_process("chat", "--url", server.url, "--price", "1", text=question)
+    assert both.returncode == 2 and "--price" in both.stderr
+    shown = fen_process("cost", "--url", server.url)
+    assert shown.returncode == 0, shown.stderr
+    assert "US$0.0279 a device-hour" in shown.stdout and "measured on a CPU" in shown.stdout
+    assert re.search(r"startup +│ +\d+\.\d{3} │ +\d+\.\d\d% │ +0\.\d{8}", shown.stdout), shown.stdout
+    assert re.search(r"wall +│ +US\$\d", shown.stdout) and "energy: the model runs on a CPU" in shown.stdout
+
+
+def test_cost_without_a_server_is_one_sentence() -> None:
+    result = fen_process("cost", "--url", "http://127.0.0.1:9")
+    assert result.returncode == 1 and "cannot be reached" in one_sentence(result.stderr)
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(server: LiveServer) -> None:
