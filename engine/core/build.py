@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
 
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.core.loop import EngineCore
 from engine.core.runner import Runner
+from engine.errors import CapacityError
 from engine.ledger import Ledger, calibrate
 from engine.messages import EngineInfo, EngineOptions
 from engine.scheduling.scheduler import Scheduler
 
+if TYPE_CHECKING:
+    from engine.core.gpu_runner import GpuRunner
+
+Progress = Callable[[str, float], None]
+
 
 def build_core(
-    options: EngineOptions, on_progress: Callable[[str, float], None] | None = None
+    options: EngineOptions, on_progress: Progress | None = None
 ) -> tuple[EngineCore, EngineInfo, Checkpoint]:
     """Loads `options.model`. `on_progress(stage, fraction)` follows it. Raises CheckpointError or CapacityError."""
     start = time.monotonic()
     checkpoint = open_checkpoint(options.model, options.load_format)
-    runner = Runner(checkpoint, options, on_progress)
+    runner = _runner(checkpoint, options, on_progress)
     scheduler = Scheduler(
         num_blocks=runner.num_blocks,
         block_size=runner.block_size,
@@ -34,3 +44,20 @@ def build_core(
     core = EngineCore(runner, scheduler)
     core.ledger = Ledger(start, time.monotonic(), roofline)
     return core, runner.info, checkpoint
+
+
+def _runner(checkpoint: Checkpoint, options: EngineOptions, on_progress: Progress | None) -> Runner | GpuRunner:
+    """device "auto": a GPU that the kernels run on, where there is one."""
+    found = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    if options.device == "cuda" and not found:
+        raise CapacityError(
+            "device is cuda, and there is no NVIDIA GPU that PyTorch and Triton can use here (fen doctor says why); "
+            "choose auto or cpu."
+        )
+    if options.device == "cuda" or (
+        options.device == "auto" and found and torch.cuda.get_device_capability() >= (8, 0)
+    ):
+        from engine.core.gpu_runner import GpuRunner  # imports Triton
+
+        return GpuRunner(checkpoint, options, on_progress)
+    return Runner(checkpoint, options, on_progress)

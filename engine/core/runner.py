@@ -13,8 +13,8 @@ from engine.core.step import StepResult
 from engine.errors import CapacityError
 from engine.messages import EngineInfo, EngineOptions, TokenLogprob
 from engine.model.cpu import CpuBackend
-from engine.model.decoder import Step
-from engine.model.loader import load_decoder
+from engine.model.decoder import Decoder, Step
+from engine.model.loader import CpuParts, load_decoder
 from engine.model.rope import rotations
 from engine.model.sampler import Sampler, token_logprobs
 from engine.scheduling.scheduler import Chunk, Schedule
@@ -26,6 +26,7 @@ BLOCK_SIZE = 64
 STEP_TOKENS = 512  # a prefill chunk on a CPU: large enough for full speed, short enough for the streams beside it
 LOGIT_ROWS = 64  # rows of prompt logits computed at a time: bounds the [rows, vocabulary] scratch
 PROGRESS_BYTES = 4 << 20
+NOT_FINITE = "The model's output for this request is not finite (NaN or infinity)."
 
 
 class Runner:
@@ -43,7 +44,7 @@ class Runner:
         started = time.monotonic()
         progress = on_progress or (lambda stage, fraction: None)
         if options.device not in ("auto", "cpu"):
-            raise CapacityError(f"device {options.device!r} is not supported by this build; it must be auto or cpu.")
+            raise CapacityError(f"device {options.device!r} is not supported; it must be auto, cpu or cuda.")
         torch.set_num_threads(options.threads or default_threads())
         torch.set_grad_enabled(False)
         self.config = config = checkpoint.config
@@ -55,20 +56,15 @@ class Runner:
         self.block_size = options.block_size or BLOCK_SIZE
         self.max_num_batched_tokens = options.max_num_batched_tokens or STEP_TOKENS
 
-        total, last = checkpoint.total_bytes, 0
-
-        def on_bytes(done: int) -> None:
-            nonlocal last
-            if done - last >= PROGRESS_BYTES or done == total:
-                last = done
-                progress("weights", done / total)
-
-        self.model = load_decoder(checkpoint, self._plan, self.block_size, on_bytes)
+        parts = CpuParts(config, self._plan, self.block_size)
+        self.model = load_decoder(checkpoint, parts, weights_progress(progress, checkpoint.total_bytes))
         backend = self.model.backend
         assert isinstance(backend, CpuBackend)
         self.backend = backend
         context = options.max_model_len or config.max_position
-        self.num_blocks = self._num_blocks(options, context)
+        free, per_token = available_memory(), backend.kv_bytes_per_token
+        default = min(4 * context, free // 4 // per_token)
+        self.num_blocks = kv_blocks(options.kv_cache_tokens, default, per_token, self.block_size, free)
         self.max_model_len = min(context, self.num_blocks * self.block_size)
         self._rotations = rotations(config, self.max_model_len).unsqueeze(1)
         self.sampler = Sampler(config.eos_token_ids, options.seed)
@@ -90,7 +86,7 @@ class Runner:
             block_size=self.block_size,
             num_blocks=self.num_blocks,
             kv_cache_bytes=self.num_blocks * self.block_size * backend.kv_bytes_per_token,
-            weight_bytes=total,
+            weight_bytes=checkpoint.total_bytes,
             load_seconds=time.monotonic() - started,
             batch_invariant=self._invariant,
         )
@@ -140,7 +136,8 @@ class Runner:
         hidden = self.model.forward(step)
         result = StepResult({})
         for chunk, row in scored:
-            result.prompt_logprobs[chunk.sequence.id] = self._prompt_logprobs(chunk, hidden[row : row + chunk.length])
+            of_chunk = prompt_logprobs(self.model, chunk, hidden[row : row + chunk.length])
+            result.prompt_logprobs[chunk.sequence.id] = of_chunk
         if sampling:
             self._sample(hidden[rows] if scored else hidden, sampling, result)
         return result
@@ -150,7 +147,7 @@ class Runner:
         wanted: list[int] = []
         for row, (sequence, token) in enumerate(zip(sequences, self.sampler.sample(logits, sequences), strict=True)):
             if token is None:
-                result.errors[sequence.id] = "The model's output for this request is not finite (NaN or infinity)."
+                result.errors[sequence.id] = NOT_FINITE
                 continue
             result.tokens[sequence.id] = token
             if sequence.request.params.logprobs is not None:
@@ -161,18 +158,6 @@ class Runner:
             picked = [result.tokens[sequence.id] for sequence in chosen]
             entries = token_logprobs(logits[wanted], picked, counts)
             result.logprobs = {sequence.id: entry for sequence, entry in zip(chosen, entries, strict=True)}
-
-    def _prompt_logprobs(self, chunk: Chunk, hidden: torch.Tensor) -> list[TokenLogprob]:
-        """Of the prompt tokens at start + 1 .. start + length, as far as they lie in the prompt."""
-        sequence = chunk.sequence
-        targets = sequence.request.prompt[chunk.start + 1 : chunk.start + chunk.length + 1]
-        top = sequence.request.params.prompt_logprobs or 0
-        result: list[TokenLogprob] = []
-        for first in range(0, len(targets), LOGIT_ROWS):
-            part = targets[first : first + LOGIT_ROWS]
-            logits = self.model.logits(hidden[first : first + len(part)])
-            result += token_logprobs(logits, part, [top] * len(part))
-        return result
 
     def _span(self, sequence: Sequence, row: int, length: int, end: int, slots: list[int]) -> Span:
         """The sequence's part of the step; appends the slots of its `length` last positions before `end`."""
@@ -191,27 +176,6 @@ class Runner:
             return Span(row, length, end, first, None)
         slots += [blocks[p // size] * size + p % size for p in range(start, end)]
         return Span(row, length, end, first, torch.tensor(blocks[:needed]))
-
-    def _num_blocks(self, options: EngineOptions, context: int) -> int:
-        per_block = self.block_size * self.backend.kv_bytes_per_token
-        available = available_memory()
-        if options.kv_cache_tokens is None:
-            tokens = min(4 * context, available // 4 // self.backend.kv_bytes_per_token)
-        else:
-            tokens = options.kv_cache_tokens
-            size = tokens * self.backend.kv_bytes_per_token
-            if size > available:
-                raise CapacityError(
-                    f"A KV cache of {tokens} tokens takes {size / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of "
-                    "memory are free; choose a smaller --kv-cache-tokens."
-                )
-        blocks = tokens // self.block_size
-        if blocks < 1:
-            raise CapacityError(
-                f"A KV cache of {tokens} tokens does not hold one block of {self.block_size} ({per_block} bytes); "
-                "choose a larger --kv-cache-tokens or a smaller --block-size."
-            )
-        return blocks
 
     def logits(self, tokens: list[int], start: int = 0) -> torch.Tensor:
         """float32 [T, V] of one forward over `tokens` at positions start, start + 1, ..., whose KV goes to the cache's
@@ -242,6 +206,48 @@ class _Run:
         self.admission = admission
         self.checked = 0
         self.consecutive = True
+
+
+def weights_progress(progress: Callable[[str, float], None], total: int) -> Callable[[int], None]:
+    """Of the bytes read so far makes the stage "weights"."""
+    last = 0
+
+    def on_bytes(done: int) -> None:
+        nonlocal last
+        if done - last >= PROGRESS_BYTES or done == total:
+            last = done
+            progress("weights", done / total)
+
+    return on_bytes
+
+
+def prompt_logprobs(model: Decoder, chunk: Chunk, hidden: torch.Tensor) -> list[TokenLogprob]:
+    """Of the prompt tokens at start + 1 .. start + length, as far as they lie in the prompt; hidden [length, H]."""
+    sequence = chunk.sequence
+    targets = sequence.request.prompt[chunk.start + 1 : chunk.start + chunk.length + 1]
+    top = sequence.request.params.prompt_logprobs or 0
+    result: list[TokenLogprob] = []
+    for first in range(0, len(targets), LOGIT_ROWS):
+        part = targets[first : first + LOGIT_ROWS]
+        logits = model.logits(hidden[first : first + len(part)])
+        result += token_logprobs(logits, part, [top] * len(part))
+    return result
+
+
+def kv_blocks(wanted: int | None, default: int, per_token: int, block_size: int, free: int) -> int:
+    """Blocks of a KV cache of `wanted` tokens (None: `default`), of which each takes per_token bytes of `free`."""
+    tokens = default if wanted is None else wanted
+    if wanted is not None and wanted * per_token > free:
+        raise CapacityError(
+            f"A KV cache of {wanted} tokens takes {wanted * per_token / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of "
+            "memory are free; choose a smaller --kv-cache-tokens."
+        )
+    if tokens < block_size:
+        raise CapacityError(
+            f"A KV cache of {tokens} tokens does not hold one block of {block_size} ({block_size * per_token} bytes); "
+            "choose a larger --kv-cache-tokens or a smaller --block-size."
+        )
+    return tokens // block_size
 
 
 def default_threads() -> int:

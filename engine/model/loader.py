@@ -4,50 +4,80 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
 from engine.checkpoint import Checkpoint, StoredTensor
 from engine.model.config import ModelConfig
 from engine.model.cpu import CpuBackend
-from engine.model.decoder import Decoder, Layer, Linear
+from engine.model.decoder import Backend, Decoder, Layer, Linear
 from kernels.cpu.fused import norm_weight
 from kernels.cpu.linear import Linear as CpuLinear
 from kernels.cpu.linear import Plan, head_plan
 from kernels.formats import dequantize
 
+Raw = tuple[torch.Tensor, str]  # a matrix as stored: uint8 [rows, bytes of a row], and its format (kernels.formats)
 
-def load_decoder(
-    checkpoint: Checkpoint, plan: Plan, block_size: int, on_bytes: Callable[[int], None] | None = None
-) -> Decoder:
+
+class Parts(Protocol):
+    """Makes one device's parts of a decoder."""
+
+    @property
+    def backend(self) -> Backend: ...
+
+    def vector(self, values: torch.Tensor) -> torch.Tensor:
+        """A norm's float32 weight."""
+        ...
+
+    def linear(self, name: str, raw: torch.Tensor, kind: str, bias: torch.Tensor | None) -> Linear:
+        """name: of the checkpoint's linear, the first of those fused into this one. bias float32."""
+        ...
+
+    def ends(self, table: Raw, head: Raw | None) -> tuple[Callable[[torch.Tensor], torch.Tensor], Linear]:
+        """The embedding and the head; head None: it is the table."""
+        ...
+
+
+class CpuParts:
+    """Of a decoder on the CPU."""
+
+    def __init__(self, config: ModelConfig, plan: Plan, block_size: int):
+        self.backend = CpuBackend(config, plan, block_size)
+        self.plan = plan
+
+    def vector(self, values: torch.Tensor) -> torch.Tensor:
+        return norm_weight(values)
+
+    def linear(self, name: str, raw: torch.Tensor, kind: str, bias: torch.Tensor | None) -> Linear:
+        return CpuLinear(raw, kind, bias, self.plan)
+
+    def ends(self, table: Raw, head: Raw | None) -> tuple[Callable[[torch.Tensor], torch.Tensor], Linear]:
+        raw, kind = table
+        return lambda tokens: dequantize(raw[tokens], kind), CpuLinear(*(head or table), None, head_plan(self.plan))
+
+
+def load_decoder(checkpoint: Checkpoint, parts: Parts, on_bytes: Callable[[int], None] | None = None) -> Decoder:
     """Reads every tensor of the checkpoint once. `on_bytes(n)` follows with the bytes read so far."""
-    return _Loader(checkpoint, plan, on_bytes).decoder(block_size)
+    return _Loader(checkpoint, parts, on_bytes).decoder()
 
 
 class _Loader:
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, on_bytes: Callable[[int], None] | None):
+    def __init__(self, checkpoint: Checkpoint, parts: Parts, on_bytes: Callable[[int], None] | None):
         self.config: ModelConfig = checkpoint.config
         self.tensors = checkpoint.tensors
-        self.plan = plan
+        self.parts = parts
         self.on_bytes = on_bytes
         self.bytes = 0
 
-    def decoder(self, block_size: int) -> Decoder:
+    def decoder(self) -> Decoder:
         config = self.config
         layers = [self.layer(f"model.layers.{i}.") for i in range(config.num_layers)]
-        table = self.tensors["model.embed_tokens.weight"]
-        raw = self.read(table.name)
-        head = self.raw("model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight")
-        decoder = Decoder(
-            config=config,
-            backend=CpuBackend(config, self.plan, block_size),
-            embed=lambda tokens: dequantize(raw[tokens], table.dtype),
-            layers=layers,
-            norm=norm_weight(self.dense("model.norm.weight")),
-            head=CpuLinear(*head, None, head_plan(self.plan)),
-        )
-        table.drop_pages()
-        return decoder
+        table = "model.embed_tokens.weight"
+        embed, head = self.parts.ends(self.raw(table), None if config.tie_embeddings else self.raw("lm_head.weight"))
+        norm = self.parts.vector(self.dense("model.norm.weight"))
+        self.tensors[table].drop_pages()
+        return Decoder(config=config, backend=self.parts.backend, embed=embed, layers=layers, norm=norm, head=head)
 
     def layer(self, prefix: str) -> Layer:
         config = self.config
@@ -55,13 +85,13 @@ class _Loader:
         qk_norm = None
         if config.qk_norm:
             q, k = (self.rotary(self.dense(f"{attention}{x}_norm.weight")) for x in "qk")
-            qk_norm = norm_weight(q), norm_weight(k), config.rms_norm_eps
+            qk_norm = self.parts.vector(q), self.parts.vector(k), config.rms_norm_eps
         layer = Layer(
-            input_norm=norm_weight(self.dense(prefix + "input_layernorm.weight")),
+            input_norm=self.parts.vector(self.dense(prefix + "input_layernorm.weight")),
             qkv=self.linear([attention + f"{x}_proj" for x in "qkv"], rotary=2),
             qk_norm=qk_norm,
             output=self.linear([attention + "o_proj"]),
-            post_norm=norm_weight(self.dense(prefix + "post_attention_layernorm.weight")),
+            post_norm=self.parts.vector(self.dense(prefix + "post_attention_layernorm.weight")),
             gate_up=self.linear([mlp + "gate_proj", mlp + "up_proj"]),
             down=self.linear([mlp + "down_proj"]),
         )
@@ -82,7 +112,7 @@ class _Loader:
             biases = [bias for _, _, bias in parts if bias is not None]
             weight = torch.cat([weight for weight, _, _ in parts])
             parts = [(weight, parts[0][1], torch.cat(biases) if biases else None)]
-        linears = [CpuLinear(*part, self.plan) for part in parts]
+        linears = [self.parts.linear(name, *part) for name, part in zip(names, parts, strict=False)]
         if len(linears) == 1:
             return linears[0]
         return lambda x: torch.cat([linear(x) for linear in linears], -1)
@@ -94,8 +124,7 @@ class _Loader:
         half = self.config.head_dim // 2
         return rows.view(-1, 2, half, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
-    def raw(self, name: str) -> tuple[torch.Tensor, str]:
-        """Bytes of a matrix, uint8 [rows, bytes of a row], and their format."""
+    def raw(self, name: str) -> Raw:
         return self.read(name), self.tensors[name].dtype
 
     def dense(self, name: str) -> torch.Tensor:

@@ -97,13 +97,18 @@ class Sampler:
         ids = (scaled >= floor).nonzero().view(-1)
         if len(ids) == 1:
             return int(ids[0])
-        seed = params.seed if params.seed is not None else self._own_seed(sequence.id)
+        seed = seed_of(sequence, self._seed)
         noise = gumbel_of(ids.numpy().astype(np.uint32), seed, params.stream, len(sequence.tokens))
         return int(ids[(scaled[ids] + noise).argmax()])
 
-    def _own_seed(self, id: str) -> int:
-        digest = hashlib.blake2b(id.encode(), digest_size=8, key=self._seed.to_bytes(8, "little", signed=True))
-        return int.from_bytes(digest.digest(), "little", signed=True)
+
+def seed_of(sequence: Sequence, engine_seed: int) -> int:
+    """The request's own, else one made of the engine's and the request's id."""
+    if sequence.request.params.seed is not None:
+        return sequence.request.params.seed
+    key = engine_seed.to_bytes(8, "little", signed=True)
+    digest = hashlib.blake2b(sequence.id.encode(), digest_size=8, key=key)
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def _adjusts(params: SamplingParams, sequence: Sequence) -> bool:
@@ -138,7 +143,7 @@ def _floor(scaled: torch.Tensor, params: SamplingParams) -> float:
 def token_logprobs(logits: torch.Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprob]:
     """Of each row of logits float32 [S, V]: the log-probability and rank of tokens[i], and the counts[i] best."""
     values = logits.log_softmax(-1)
-    chosen = values.gather(1, torch.tensor(tokens).unsqueeze(1))
+    chosen = values.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1))
     ranks = (values > chosen).sum(-1).add_(1).tolist()
     best, ids = values.topk(min(max(counts, default=0), values.shape[1]), -1)
     result = []

@@ -298,16 +298,21 @@ class SamplingTable:
         floats = [temperature, top_p, min_p, presence, frequency, repetition, 0, 0]
         words = [top_k, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, stream, len(ids), len(banned), ban_until, 0]
         words = [w - (1 << 32) if w >= 1 << 31 else w for w in words]
-        self.floats[slot] = torch.tensor(floats, dtype=torch.float32)
-        self.ints[slot] = torch.tensor(words, dtype=torch.int32)
+        _put(self.floats[slot], torch.tensor(floats, dtype=torch.float32))
+        _put(self.ints[slot], torch.tensor(words, dtype=torch.int32))
         if ids:
-            self.bias_ids[slot, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
-            self.bias_values[slot, : len(ids)] = torch.tensor(values)
+            _put(self.bias_ids[slot, : len(ids)], torch.tensor(ids, dtype=torch.int32))
+            _put(self.bias_values[slot, : len(ids)], torch.tensor(values))
         if presence or frequency or repetition != 1:
             vocab_size = self.seen.shape[1]
             seen = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=vocab_size).int()
             seen[torch.tensor(prompt, dtype=torch.int64)] |= IN_PROMPT.value
-            self.seen[slot] = seen
+            _put(self.seen[slot], seen)
+
+
+def _put(target: torch.Tensor, values: torch.Tensor) -> None:
+    """Copies from the host in the stream's order, without waiting for what the stream still has to do."""
+    target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)
 
 
 class SampleWorkspace:

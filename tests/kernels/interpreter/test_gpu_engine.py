@@ -1,0 +1,226 @@
+"""The engine on the GPU's kernels in the interpreter: runner, backend and kernels together, against the CPU runner.
+
+All but CUDA graphs, events and the memory measurement runs here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from engine.core.build import build_core
+from engine.core.gpu_runner import GpuRunner, batch_sizes
+from engine.core.loop import EngineCore
+from engine.core.runner import Runner
+from engine.errors import CapacityError
+from engine.messages import EngineOptions, Output, Request, SamplingParams
+from engine.scheduling.scheduler import Scheduler
+from kernels.formats import dequantize
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=2)
+PROMPTS = [[5, 9, 300], [17], [40 + i for i in range(19)]]
+
+
+def core_of(checkpoint: Checkpoint | Path, kind: Any = GpuRunner, **options: Any) -> EngineCore:
+    """An engine on one runner: the GPU's in the interpreter, or the CPU's."""
+    if isinstance(checkpoint, Path):
+        checkpoint = open_checkpoint(str(checkpoint))
+    fields = {"dtype": "float32", "kv_cache_tokens": 256, "block_size": 16, "max_num_seqs": 4, "threads": 1}
+    settings = EngineOptions(**(fields | {"max_num_batched_tokens": 16} | options))
+    runner = kind(checkpoint, settings, **({"device": torch.device("cpu")} if kind is GpuRunner else {}))
+    scheduler = Scheduler(
+        runner.num_blocks,
+        runner.block_size,
+        settings.max_num_seqs,
+        runner.max_num_batched_tokens,
+        runner.max_model_len,
+        contiguous=runner.contiguous,
+        eos_token_ids=checkpoint.config.eos_token_ids,
+    )
+    return EngineCore(runner, scheduler)
+
+
+def generate(core: EngineCore, prompts: list[list[int]], params: SamplingParams) -> list[list[Output]]:
+    outputs: dict[str, list[Output]] = {str(i): [] for i in range(len(prompts))}
+    for id, prompt in zip(outputs, prompts, strict=True):
+        core.add(Request(id=id, prompt=prompt, params=params))
+    while core.has_work:
+        for output in core.step():
+            outputs[output.id].append(output)
+    assert core.stats().blocks_used == 0
+    return list(outputs.values())
+
+
+def tokens_of(outputs: list[Output]) -> list[int]:
+    assert all(output.error is None for output in outputs)
+    return [token for output in outputs for token in output.tokens]
+
+
+def entries_of(outputs: list[Output]) -> list[Any]:
+    return [entry for output in outputs for entry in output.logprobs or []]
+
+
+@pytest.fixture(scope="module")
+def model(random_checkpoint: Callable[..., Path]) -> Path:
+    return random_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def core(model: Path) -> EngineCore:
+    return core_of(model, batch_invariant=False)
+
+
+@pytest.fixture(scope="module")
+def cpu_core(model: Path) -> EngineCore:
+    return core_of(model, Runner)
+
+
+def test_smollm2_golden_token(smollm2: Path) -> None:
+    """A prefill, and a decode whose input token only the device knows."""
+    core = core_of(smollm2, batch_invariant=False, max_num_seqs=1, max_model_len=64, kv_cache_tokens=64)
+    tokenizer = open_checkpoint(str(smollm2)).tokenizer
+    params = SamplingParams(temperature=0.0, max_tokens=2, logprobs=3)
+    (outputs,) = generate(core, [tokenizer.encode("The capital of France is")], params)
+    assert tokenizer.decode(tokens_of(outputs)) == " Paris."
+    top = {tokenizer.decode([token]): value for token, value in entries_of(outputs)[0].top}
+    assert top == pytest.approx({" Paris": -0.2581, " the": -2.7407, " London": -4.3844}, abs=1e-3)
+
+
+def test_greedy_batch_equals_the_cpu(core: EngineCore, cpu_core: EngineCore) -> None:
+    """Steps of prompts, of decodes, and of both; a prompt in two chunks; alternatives with their log-probabilities."""
+    expected = generate(cpu_core, PROMPTS, GREEDY)
+    for mine, theirs in zip(generate(core, PROMPTS, GREEDY), expected, strict=True):
+        assert len(tokens_of(mine)) == 5 and tokens_of(mine) == tokens_of(theirs)
+        for a, b in zip(entries_of(mine), entries_of(theirs), strict=True):
+            assert (a.token, a.rank) == (b.token, b.rank) and a.logprob == pytest.approx(b.logprob, abs=1e-4)
+            assert [token for token, _ in a.top] == [token for token, _ in b.top]
+
+
+def test_sampling_equals_the_cpu(core: EngineCore, cpu_core: EngineCore) -> None:
+    params = SamplingParams(
+        max_tokens=4, temperature=0.9, top_p=0.9, top_k=50, seed=3, repetition_penalty=1.2, frequency_penalty=0.3,
+        logit_bias={7: 2.0}, min_tokens=3, stop_token_ids=(11,),
+    )  # fmt: skip
+    for mine, theirs in zip(generate(core, PROMPTS[:2], params), generate(cpu_core, PROMPTS[:2], params), strict=True):
+        assert tokens_of(mine) == tokens_of(theirs)
+
+
+def test_prompt_logprobs_equal_the_cpu(core: EngineCore, cpu_core: EngineCore) -> None:
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=2)
+    mine, theirs = (generate(c, PROMPTS[2:], params)[0][0].prompt_logprobs for c in (core, cpu_core))
+    assert mine is not None and theirs is not None and len(mine) == len(theirs) == len(PROMPTS[2])
+    for a, b in zip(mine[1:], theirs[1:], strict=True):
+        assert a is not None and b is not None
+        assert (a.token, a.rank) == (b.token, b.rank) and a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+def test_preempted_equals_the_cpu(model: Path, cpu_core: EngineCore) -> None:
+    core = core_of(model, batch_invariant=False, kv_cache_tokens=64, enable_prefix_caching=False)
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    prompts = [[5] * 14, [9] * 14, [23] * 14]
+    mine, theirs = generate(core, prompts, params), generate(cpu_core, prompts, params)
+    assert [tokens_of(outputs) for outputs in mine] == [tokens_of(outputs) for outputs in theirs]
+    assert core.stats().preemptions > 0
+
+
+def test_batch_invariant(model: Path) -> None:
+    """The same bits alone and in a batch, whole and in chunks."""
+    core, prompts = core_of(model), [*PROMPTS[:2], PROMPTS[2][:12]]
+    assert core.runner.backend.invariant  # type: ignore[attr-defined]
+    together = generate(core, prompts, GREEDY)
+    small = core_of(model, max_num_batched_tokens=5)
+    for prompt, outputs in zip(prompts, together, strict=True):
+        assert entries_of(generate(small, [prompt], GREEDY)[0]) == entries_of(outputs)
+
+
+def test_output_that_is_not_finite(model: Path) -> None:
+    """The request fails by name, though a step that feeds on its token is in flight; the engine goes on."""
+    core = core_of(model, batch_invariant=False)
+    runner = core.runner
+    assert isinstance(runner, GpuRunner)
+    whole = runner.model
+    runner.model = dataclasses.replace(whole, norm=torch.full_like(whole.norm, float("nan")))
+    (outputs,) = generate(core, [[5, 9]], GREEDY)
+    assert outputs[-1].finish_reason == "error" and "not finite" in (outputs[-1].error or "")
+    runner.model = whole
+    assert len(tokens_of(generate(core, [[5, 9]], GREEDY)[0])) == 5
+
+
+def test_more_biases_than_fit(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.core.gpu_runner.MAX_BIASES", 1)
+    params = SamplingParams(max_tokens=1, logit_bias={1: 1.0, 2: 1.0})
+    (outputs,) = generate(core, [[5]], params)
+    assert "logit_bias" in (outputs[-1].error or "")
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"family": "Qwen2"},
+    "qwen3": {"family": "Qwen3", "tie_word_embeddings": True},
+    "window": {"family": "Mistral", "sliding_window": 6},
+}
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
+def test_families(random_checkpoint: Callable[..., Path], config: dict[str, Any]) -> None:
+    tokens = [5, 9, 300, 17, 4, 80, 33, 200, 150]
+    runners = [core_of(random_checkpoint(**config), kind, max_model_len=64).runner for kind in (GpuRunner, Runner)]
+    mine, theirs = (runner.logits(tokens) for runner in runners)  # type: ignore[attr-defined]
+    assert (mine - theirs).abs().max() < 1e-3
+
+
+def four_bit(folder: Path, kind: str) -> Checkpoint:
+    """The checkpoint with its matrices as GGUF would store them."""
+    from gguf import GGMLQuantizationType, quants
+
+    checkpoint = open_checkpoint(str(folder))
+    tensors = dict(checkpoint.tensors)
+    for name, tensor in tensors.items():
+        if len(tensor.shape) == 2:
+            raw = torch.from_numpy(tensor.data.copy()).view(tensor.shape[0], -1)
+            values = dequantize(raw, tensor.dtype).numpy()
+            data = quants.quantize(values, GGMLQuantizationType[kind])
+            tensors[name] = StoredTensor(name, kind, tensor.shape, data)
+    return dataclasses.replace(checkpoint, tensors=tensors, quantization=kind)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("auto", "Q4_1"), ("bfloat16", "Q4_0")])
+def test_four_bit_weights(random_checkpoint: Callable[..., Path], dtype: str, kind: str) -> None:
+    """16-bit activations on 4-bit weights, against float32 on the same weights."""
+    checkpoint = four_bit(random_checkpoint(intermediate_size=192), kind)
+    core = core_of(checkpoint, dtype=dtype, max_model_len=64)
+    assert isinstance(core.runner, GpuRunner)
+    assert core.runner.info.dtype == {"auto": "float16"}.get(dtype, dtype)
+    tokens = [5, 9, 300, 17, 4]
+    mine = core.runner.logits(tokens)
+    reference = core_of(checkpoint, Runner, max_model_len=64).runner.logits(tokens)  # type: ignore[attr-defined]
+    error = ((mine - reference).norm() / reference.norm()).item()
+    assert error < (5e-3 if dtype == "auto" else 4e-2)
+    assert len(tokens_of(generate(core, [[5, 9], [4]], GREEDY)[1])) == 5
+
+
+def test_largest_steps(model: Path) -> None:
+    """What a GPU computes before its memory is measured."""
+    core = core_of(model, batch_invariant=False, max_num_batched_tokens=11, max_model_len=8, max_num_seqs=3)
+    assert isinstance(core.runner, GpuRunner) and core.runner.rehearse() == (0, 0)
+    assert len(tokens_of(generate(core, [[5, 9]], GREEDY)[0])) == 5
+
+
+def test_batch_sizes() -> None:
+    assert batch_sizes(1) == [1] and batch_sizes(5) == [1, 2, 4, 5]
+    assert batch_sizes(64) == [1, 2, 4, 8, 12, 16, 24, 32, 48, 64]
+
+
+def test_refused(model: Path) -> None:
+    with pytest.raises(CapacityError, match="dtype 'int8'"):
+        core_of(model, dtype="int8")
+    with pytest.raises(CapacityError, match="block_size is 24"):
+        core_of(model, block_size=24)
+    if not torch.cuda.is_available():
+        with pytest.raises(CapacityError, match="no NVIDIA GPU"):
+            build_core(EngineOptions(model=str(model), device="cuda"))
