@@ -34,8 +34,7 @@ lint: $(DEV)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	@lines=$$(find engine kernels -name '*.py' -exec cat {} + | grep -c '[^[:space:]]'); \
-	echo "engine/ + kernels/: $$lines lines of 6000, blank ones not counted"; test $$lines -le 6000
+	@$(PY) tests/size.py
 
 format: $(DEV)
 	$(PY) -m ruff check --fix .

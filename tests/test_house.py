@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from server import doctor
+from tests.size import LIMIT, core_size, lines_of_code
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("server", "bench", "engine", "kernels")  # an import only ever points to the right
@@ -61,8 +62,12 @@ def test_imports_point_down() -> None:
 
 
 def test_the_core_is_small() -> None:
-    text = "\n".join(path.read_text(encoding="utf-8") for path in sources("engine", "kernels"))
-    assert sum(not line.isspace() and line != "" for line in text.splitlines()) <= 6000
+    assert core_size() <= LIMIT
+
+
+def test_lines_of_code() -> None:
+    source = '"""Doc."""\n\nx = 1  # why\n# alone\ndef f():\n    """Two\n    lines."""\n    return """a\nb"""\n'
+    assert lines_of_code(source) == 4
 
 
 def test_no_file_needs_a_tenth_screen() -> None:
