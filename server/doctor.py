@@ -217,9 +217,9 @@ def devices(report: Report) -> None:
                 f"{found.name}, {found.total_memory / 2**30:.0f} GiB, sm_{found.major}{found.minor}, "
                 f"CUDA {torch.version.cuda}",
             )
-    report.add(
-        "Devices", "used", "cpu" + ("; the engine does not run on GPUs yet" if torch.cuda.is_available() else "")
-    )
+    from engine.core.device import has_gpu
+
+    report.add("Devices", "used", "cuda" if has_gpu() else "cpu")
 
 
 def models(report: Report) -> None:

@@ -27,7 +27,7 @@ ENGINE: dict[str, Any] = {
         Literal["auto", "dummy"], typer.Option(help="dummy: weights made up from the config alone.")
     ],
     "device": Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="auto is the CPU; there is no GPU runner yet.")
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto is a GPU where there is one, else the CPU.")
     ],
     "dtype": Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
-
 from engine.checkpoint import Checkpoint, open_checkpoint
+from engine.core.device import has_gpu
 from engine.core.loop import EngineCore
 from engine.core.runner import Runner
 from engine.errors import CapacityError
@@ -48,15 +46,12 @@ def build_core(
 
 def _runner(checkpoint: Checkpoint, options: EngineOptions, on_progress: Progress | None) -> Runner | GpuRunner:
     """device "auto": a GPU that the kernels run on, where there is one."""
-    found = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-    if options.device == "cuda" and not found:
+    if options.device == "cuda" and not has_gpu():
         raise CapacityError(
-            "device is cuda, and there is no NVIDIA GPU that PyTorch and Triton can use here (fen doctor says why); "
-            "choose auto or cpu."
+            "device is cuda, and there is no NVIDIA GPU here (Ampere or newer) that PyTorch and Triton can use; "
+            "see fen doctor, or choose auto or cpu."
         )
-    if options.device == "cuda" or (
-        options.device == "auto" and found and torch.cuda.get_device_capability() >= (8, 0)
-    ):
+    if options.device in ("auto", "cuda") and has_gpu():
         from engine.core.gpu_runner import GpuRunner  # imports Triton
 
         return GpuRunner(checkpoint, options, on_progress)

@@ -459,11 +459,6 @@ class GpuRunner:
     def _check(self, options: EngineOptions) -> None:
         if options.block_size is not None and options.block_size not in BLOCK_SIZES:
             raise CapacityError(f"block_size is {options.block_size}; on a GPU it must be 16, 32, 64 or 128.")
-        if self._cuda and torch.cuda.get_device_capability(self.device) < (8, 0):
-            name = torch.cuda.get_device_name(self.device)
-            raise CapacityError(
-                f"{name} is too old: compute capability 8.0 (Ampere) or newer is needed; use device cpu."
-            )
 
 
 def batch_sizes(most: int) -> list[int]:

@@ -222,5 +222,5 @@ def test_refused(model: Path) -> None:
     with pytest.raises(CapacityError, match="block_size is 24"):
         core_of(model, block_size=24)
     if not torch.cuda.is_available():
-        with pytest.raises(CapacityError, match="no NVIDIA GPU"):
+        with pytest.raises(CapacityError, match="device is cuda, and there is no NVIDIA GPU"):
             build_core(EngineOptions(model=str(model), device="cuda"))
