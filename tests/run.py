@@ -25,7 +25,7 @@ def run_suite(pytest_args: list[str], environment: dict[str, str]) -> tuple[int,
     with subprocess.Popen(
         command,
         cwd=TESTS.parent,
-        env={**os.environ, **environment},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},  # they test the CPU's engine; a GPU: bench.gpu
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
