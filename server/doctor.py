@@ -219,7 +219,7 @@ def devices(report: Report) -> None:
             )
     from engine.core.device import has_gpu
 
-    report.add("Devices", "used", "cuda" if has_gpu() else "cpu")
+    report.add("Devices", "used", "cpu; --device cuda runs on the GPU, untried so far" if has_gpu() else "cpu")
 
 
 def models(report: Report) -> None:

@@ -27,7 +27,7 @@ ENGINE: dict[str, Any] = {
         Literal["auto", "dummy"], typer.Option(help="dummy: weights made up from the config alone.")
     ],
     "device": Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="auto is a GPU where there is one, else the CPU.")
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto is the CPU; cuda has not run on a GPU yet.")
     ],
     "dtype": Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],

@@ -45,13 +45,13 @@ def build_core(
 
 
 def _runner(checkpoint: Checkpoint, options: EngineOptions, on_progress: Progress | None) -> Runner | GpuRunner:
-    """device "auto": a GPU that the kernels run on, where there is one."""
+    """device "auto" is the CPU: the GPU runner has seen Triton's interpreter only, so it has to be asked for."""
     if options.device == "cuda" and not has_gpu():
         raise CapacityError(
             "device is cuda, and there is no NVIDIA GPU here (Ampere or newer) that PyTorch and Triton can use; "
             "see fen doctor, or choose auto or cpu."
         )
-    if options.device in ("auto", "cuda") and has_gpu():
+    if options.device == "cuda":
         from engine.core.gpu_runner import GpuRunner  # imports Triton
 
         return GpuRunner(checkpoint, options, on_progress)
