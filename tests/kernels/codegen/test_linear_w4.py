@@ -164,6 +164,7 @@ def test_one_launch_and_no_recompilation_within_a_bucket() -> None:
     parts = torch.zeros(576, 576, dtype=torch.uint8), torch.ones(576, 18), torch.zeros(576, 18)
     weight = w4_layout.pack(*parts, kw=2)
     workspace = linear_w4.Workspace(H100, "cpu")
+    linear_w4.w4a16_kernel.device_caches.clear()  # what another test compiled reports its launches to another driver
     before = fake_driver.variants(linear_w4.w4a16_kernel)
     for calls, m in enumerate((1, 2, 3, 7, 8, 15, 16), 1):
         linear_w4.w4a16(torch.zeros(m, 576).half(), weight, torch.empty(m, 576).half(), workspace)
