@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import time
 
+from engine.checkpoint import Checkpoint
 from engine.core.build import build_core
 from engine.errors import FenError
 from engine.messages import EngineOptions, Request, SamplingParams
@@ -36,8 +37,9 @@ class Timing:
 class LocalEngine:
     """Raises CheckpointError or CapacityError, as the engine does."""
 
-    def __init__(self, options: EngineOptions):
-        self.core, self.info, self.checkpoint = build_core(options)
+    def __init__(self, options: EngineOptions, checkpoint: Checkpoint | None = None):
+        """checkpoint: instead of `options.model`."""
+        self.core, self.info, self.checkpoint = build_core(options, checkpoint=checkpoint)
         self._ids = itertools.count()
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:

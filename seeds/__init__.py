@@ -39,7 +39,10 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class DevicePrice:
-    """US$ per hour of one device on demand; `low` and `high` are the marks between which offers lie, where known."""
+    """US$ per hour of one device on demand; `low` and `high` are the marks between which offers lie, where known.
+
+    memory_gb (10^9 bytes), bandwidth_gb_s and bf16_tflops (dense): what the maker's data sheet gives, not measured.
+    """
 
     key: str
     label: str
@@ -48,6 +51,9 @@ class DevicePrice:
     source: str
     low: float | None = None
     high: float | None = None
+    memory_gb: float | None = None
+    bandwidth_gb_s: float | None = None
+    bf16_tflops: float | None = None
     note: str = ""
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -158,16 +158,45 @@ def run(
 @app.command()
 def cost(
     url: Annotated[str, typer.Option(metavar="URL", help="Where the server is.")] = "http://127.0.0.1:8000",
+    plan: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Plan for this model instead, from its header; no server.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="Of a plan: cpu (this one), or a device of seeds/prices.toml.")
+    ] = "cpu",
+    weights: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="Of a plan: as if the layers were in w4a16, w8a16, fp8 ...")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"], typer.Option(help="Of a plan: the engine's option.")
+    ] = "auto",
+    context: Annotated[int | None, typer.Option(min=1, metavar="N", help="Of a plan: tokens of a sequence.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, metavar="N", help="Of a plan: sequences together; several times.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Of a plan: tokens of a prompt.")] = 512,
+    output_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Of a plan: tokens of an answer.")] = 128,
+    price: PriceOption = None,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Of a plan: write it there, too.")] = None,
 ) -> None:
     """Show where a running server's time went, and what its tokens cost.
 
-    Seconds by class, the bill, US$ per million tokens; docs/cost.md explains them.
+    Seconds by class, the bill, US$ per million tokens; docs/cost.md explains them. With --plan: what a model would
+    take and cost on a device, before a weight is read.
     """
     from rich.console import Console
 
-    from server.show_cost import show_cost
+    console = Console(highlight=False)
+    if plan is None:
+        from server.show_cost import show_cost
 
-    show_cost(url, Console(highlight=False))
+        show_cost(url, console)
+        return
+    from server.show_plan import Question, show_plan
+
+    batches = sorted(set(batch or (1, 8, 64)))
+    asked = Question(plan, device, weights, dtype, context, batches, prompt_tokens, output_tokens, price)
+    show_plan(asked, console, json)
 
 
 @app.command()

@@ -141,13 +141,18 @@ def _verify(path: Path, expected: str) -> None:
         raise CheckpointError(f"{path.name} has the SHA-256 {found}, not {expected}: it is not what was published")
 
 
-def _pull_hub(name: str) -> Path:
+def pull_config(name: str) -> Path:
+    """config.json of a Hugging Face id, without the weights."""
+    return _pull_hub(name, ["config.json"]) / "config.json"
+
+
+def _pull_hub(name: str, files: list[str] = _HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     way_out = "without a network, give the path of a folder with config.json and *.safetensors instead"
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=files))
     except GatedRepoError:
         raise CheckpointError(
             f"{name} is gated: accept its licence on its page on the hub, then set HF_TOKEN"

@@ -6,13 +6,16 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
+
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.core.device import has_gpu
 from engine.core.loop import EngineCore
-from engine.core.runner import Runner
+from engine.core.runner import Runner, available_memory
 from engine.errors import CapacityError
 from engine.ledger import Ledger, calibrate
 from engine.messages import EngineInfo, EngineOptions
+from engine.planner import Machine, check_fit, plan
 from engine.scheduling.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -22,11 +25,13 @@ Progress = Callable[[str, float], None]
 
 
 def build_core(
-    options: EngineOptions, on_progress: Progress | None = None
+    options: EngineOptions, on_progress: Progress | None = None, checkpoint: Checkpoint | None = None
 ) -> tuple[EngineCore, EngineInfo, Checkpoint]:
-    """Loads `options.model`. `on_progress(stage, fraction)` follows it. Raises CheckpointError or CapacityError."""
+    """Loads `options.model`, or `checkpoint` where it is open. `on_progress(stage, fraction)` follows it.
+
+    Raises CheckpointError, or CapacityError before a weight is read for what cannot fit."""
     start = time.monotonic()
-    checkpoint = open_checkpoint(options.model, options.load_format)
+    checkpoint = checkpoint or open_checkpoint(options.model, options.load_format)
     runner = _runner(checkpoint, options, on_progress)
     scheduler = Scheduler(
         num_blocks=runner.num_blocks,
@@ -54,5 +59,9 @@ def _runner(checkpoint: Checkpoint, options: EngineOptions, on_progress: Progres
     if options.device == "cuda":
         from engine.core.gpu_runner import GpuRunner  # imports Triton
 
+        memory = int(torch.cuda.mem_get_info()[1] * options.gpu_memory_utilization)
+        raised = "a larger --gpu-memory-utilization" if options.gpu_memory_utilization < 0.9 else ""
+        check_fit(plan(checkpoint, Machine("the GPU", memory, 1.0, 1.0), options), options, raised)
         return GpuRunner(checkpoint, options, on_progress)
+    check_fit(plan(checkpoint, Machine("the CPU", available_memory(), 1.0, 1.0), options), options)
     return Runner(checkpoint, options, on_progress)
