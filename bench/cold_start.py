@@ -9,7 +9,6 @@ and the sum of their proportional sets (shared pages counted once).
 from __future__ import annotations
 
 import argparse
-import datetime
 import http.client
 import json
 import os
@@ -21,10 +20,9 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
-from bench.machine import commit, cpu_name, versions
-from bench.report import markdown_table, median_and_spread, write_json
+from bench import results
+from bench.report import markdown_table, median_and_spread
 
 READY_SECONDS = 300
 SAMPLE_SECONDS = 0.05
@@ -202,17 +200,10 @@ def main() -> None:
         runs = [measure(serve_arguments) for _ in range(arguments.repetitions)]
     except RuntimeError as error:
         sys.exit(f"{error}. Command: fen serve {' '.join(serve_arguments)}")
-    result: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": cpu_name(),
-        "versions": versions(),
-        "arguments": serve_arguments,
-        "runs": runs,
-    }
-    write_json(arguments.json, result)
+    result = results.new("cold-start", {"arguments": serve_arguments, "runs": runs})
+    results.save(arguments.json, result)
     processes = max(int(run["processes"]) for run in runs)
-    print(f"fen serve {' '.join(serve_arguments)} on {result['device']}, commit {result['commit']}")
+    print(f"fen serve {' '.join(serve_arguments)} on {result.device}, commit {result.commit}")
     print(f"Medians of {len(runs)} (smallest to largest), {processes} processes.\n")
     print(render(runs))
     print(f"kept in {arguments.json}")

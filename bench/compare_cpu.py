@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import os
 import shutil
 import statistics
@@ -19,12 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import results
 from bench.local_engine import Timing
-from bench.machine import Disturbance, commit, cpu_name, versions
+from bench.machine import Disturbance
 from bench.peers import install
 from bench.peers.worker import PeerError, Worker
 from bench.prompts import make_prompt, prose_tokens
-from bench.report import markdown_table, median_and_spread, write_json
+from bench.report import markdown_table, median_and_spread
+from bench.results import Result
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.errors import FenError
 
@@ -238,44 +239,42 @@ def main() -> None:
         workers, missing = start_engines(checkpoint, arguments.threads, wanted, stack)
         if "fen" in missing:
             sys.exit(f"The engine itself does not run: {missing['fen']}")
-        result: dict[str, Any] = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "device": cpu_name(),
-            "versions": versions(),
-            "model": Path(checkpoint.path).name,
+        settings = {
             "threads": arguments.threads,
             "engines": {name: {"settings": w.settings, "versions": w.versions} for name, w in workers.items()},
             "not_run": missing,
         }
+        model = Path(checkpoint.path).name
+        result = results.new("compare-cpu", settings, model=model, quantization=checkpoint.quantization)
 
         def keep(measured: dict[str, Any]) -> None:
-            result.update(measured)
-            write_json(arguments.json, result)
+            result.data.update(measured)
+            results.save(arguments.json, result)
 
         measure(workers, prose_tokens(checkpoint.tokenizer), METRICS, arguments.repetitions, keep)
     print(render(result))
     print(f"kept in {arguments.json}")
 
 
-def render(result: dict[str, Any]) -> str:
+def render(result: Result) -> str:
     """The page of a result as `main` keeps it: what was measured on what, the table, what each engine ran with."""
+    data = result.data
     lines = [
-        f"{result['model']} on {result['device']}, {result['threads']} threads, commit {result['commit']}",
-        f"Medians of {result['repetitions']} (smallest to largest), engines taking turns.",
+        f"{result.model} on {result.device}, {data['threads']} threads, commit {result.commit}",
+        f"Medians of {data['repetitions']} (smallest to largest), engines taking turns.",
         NOTES,
         "",
-        table(result["tokens_per_second"], METRICS),
+        table(data["tokens_per_second"], METRICS),
         "",
     ]
-    for name, engine in result["engines"].items():
+    for name, engine in data["engines"].items():
         numbers = ", ".join(f"{key} {value}" for key, value in engine["versions"].items() if key != "system")
         lines.append(f"{name}: {engine['settings']}; {numbers}")
-    lines += [f"{name}: not run, {reason}" for name, reason in result["not_run"].items()]
-    if EXACT in result["engines"]:
-        counts = ", ".join(f"{name} {count}" for name, count in result["tokens_as_float32"].items())
+    lines += [f"{name}: not run, {reason}" for name, reason in data["not_run"].items()]
+    if EXACT in data["engines"]:
+        counts = ", ".join(f"{name} {count}" for name, count in data["tokens_as_float32"].items())
         lines.append(f"Greedy tokens equal to {EXACT} from the first on, of {NEW_TOKENS + 1}: {counts}")
-    share = result["others_cpu_share"]
+    share = data["others_cpu_share"]
     lines.append(f"Other processes used {share['median']:.0%} of the CPUs in the median, {share['max']:.0%} at worst.")
     return "\n".join(lines)
 

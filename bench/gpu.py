@@ -26,11 +26,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from bench.machine import commit, cpu_name, versions
+from bench import results as kept
+from bench.machine import commit
 from bench.report import markdown_table, write_json
 
 Result = dict[str, Any]
 RESULTS = Path(__file__).resolve().parent / "results"
+PARTS = "parts"  # folder of what each section has left; gpu.json holds all of it
 CHECKERS = {"w4": 4, "attention": 8, "other": 2}  # processes that compile and check side by side
 
 
@@ -86,7 +88,7 @@ def main() -> None:
         while waiting and batch[0].together and waiting[0].together:
             batch.append(waiting.pop(0))
         results |= run_batch(batch, folder, arguments.dry, deadline)
-        write_json(folder / "gpu.json", summary(results, arguments.dry))
+        kept.save(folder / "gpu.json", summary(results, arguments.dry))
         if "stop" in results["machine"]:
             sys.exit(results["machine"]["stop"])
     print(report(results, arguments.dry))
@@ -162,7 +164,7 @@ def _child(section: Section, folder: Path, dry: bool) -> None:
 
 
 def _path(folder: Path, section: Section) -> Path:
-    return folder / f"{section.name.replace(' ', '-')}.json"
+    return folder / PARTS / f"{section.name.replace(' ', '-')}.json"
 
 
 def _read(folder: Path, section: Section) -> Result:
@@ -177,19 +179,13 @@ def _state(result: Result) -> str:
     return f"{result['seconds']:.0f} s"
 
 
-def summary(results: dict[str, Result], dry: bool) -> Result:
+def summary(results: dict[str, Result], dry: bool) -> kept.Result:
     """Everything, in one file."""
     machine = results.get("machine", {})
-    return {
-        "dry": dry,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": machine.get("device", cpu_name()),
-        "driver": machine.get("driver"),
-        "versions": versions() | machine.get("versions", {}),
-        "system": platform.platform(),
-        "sections": results,
-    }
+    data = {"dry": dry, "driver": machine.get("driver"), "system": platform.platform(), "sections": results}
+    result = kept.new("gpu", data, device=machine.get("device"))
+    result.versions |= machine.get("versions", {})
+    return result
 
 
 def rows_of(results: dict[str, Result], prefix: str) -> list[Result]:

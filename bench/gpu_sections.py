@@ -171,7 +171,7 @@ def _device(dry: bool) -> torch.device:
 
 def _limits(folder: Path) -> Ceilings:
     """What the section "ceilings" has measured in this run."""
-    found = json.loads((folder / "ceilings.json").read_text(encoding="utf-8"))
+    found = json.loads((folder / "parts" / "ceilings.json").read_text(encoding="utf-8"))
     return Ceilings(found["bandwidth"], found["rates"], found["measured"])
 
 

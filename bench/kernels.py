@@ -7,7 +7,6 @@ are the operations of the CPU path. The limits are measured in the same run, and
 from __future__ import annotations
 
 import csv
-import datetime
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any
 
 import torch
 
-from bench import kernel_cases
+from bench import kernel_cases, results
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.kernel_cases import Case
-from bench.machine import Disturbance, commit, cpu_name, versions
+from bench.machine import Disturbance, cpu_name
 from bench.operations import BenchError, Operation, Place, Prepare, reason
-from bench.report import markdown_table, write_json
+from bench.report import markdown_table
 from bench.timing import measure
 
 Row = dict[str, Any]
@@ -55,7 +54,10 @@ def run(
         print("\n" + table([row for row in rows if row["kernel"] == kernel]), flush=True)
     print("\n" + disturbed(meanwhile))
     if output is not None:
-        save(Path(output), rows, result(ceilings, device_name(place.device), meanwhile) | {"rows": rows}, ceilings)
+        kept = results.new(
+            "kernels", conditions(ceilings, meanwhile) | {"rows": rows}, device=device_name(place.device)
+        )
+        save(Path(output), rows, kept, ceilings)
     return bool(rows) and all(row_is_right(row) for row in rows)
 
 
@@ -217,9 +219,9 @@ def disturbed(meanwhile: Disturbance) -> str:
     return f"Other processes used {meanwhile.share():.0%} of the CPUs meanwhile."
 
 
-def save(folder: Path, rows: list[Row], kept: dict[str, Any], ceilings: Ceilings) -> None:
+def save(folder: Path, rows: list[Row], kept: results.Result, ceilings: Ceilings) -> None:
     """kernels.json, kernels.csv, and plots where matplotlib is installed."""
-    write_json(folder / "kernels.json", kept)
+    results.save(folder / "kernels.json", kept)
     write_csv(folder / "kernels.csv", rows)
     try:
         from bench.plots import plot
@@ -231,13 +233,9 @@ def save(folder: Path, rows: list[Row], kept: dict[str, Any], ceilings: Ceilings
     print(f"kept in {folder}: kernels.json, kernels.csv{''.join(f', {name}' for name in names)}")
 
 
-def result(ceilings: Ceilings, device: str, meanwhile: Disturbance) -> dict[str, Any]:
-    """Where and how something was measured."""
+def conditions(ceilings: Ceilings, meanwhile: Disturbance) -> dict[str, Any]:
+    """What kernels were measured beside."""
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": device,
-        "versions": versions(),
         "threads": torch.get_num_threads(),
         "ceilings": {"bandwidth": ceilings.bandwidth, "rates": ceilings.rates, "measured": ceilings.measured},
         "others_cpu_share": meanwhile.share(),

@@ -14,11 +14,11 @@ from pathlib import Path
 import msgspec
 import torch
 
+from bench import results
 from bench.ceilings import matmul_rate, read_bandwidth
 from bench.local_engine import LocalEngine
-from bench.machine import commit, cpu_name, versions
 from bench.prompts import make_prompt, prose_tokens
-from bench.report import markdown_table, median_and_spread, write_json
+from bench.report import markdown_table, median_and_spread
 from engine.checkpoint import Checkpoint
 from engine.messages import EngineInfo, EngineOptions
 
@@ -55,19 +55,15 @@ def run(
     latency = measure(engine, prompt_tokens, new_tokens, repetitions)
     print(render(engine.info, latency, prompt_tokens, new_tokens))
     if json_path is not None:
-        result = {
-            "commit": commit(),
-            "device": cpu_name(),
-            "versions": versions(),
-            "model": engine.info.model,
-            "quantization": engine.info.quantization,
+        data = {
             "dtype": engine.info.dtype,
             "threads": torch.get_num_threads(),
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
             **dataclasses.asdict(latency),
         }
-        write_json(Path(json_path), result)
+        info = engine.info
+        results.save(Path(json_path), results.new("latency", data, model=info.model, quantization=info.quantization))
 
 
 def measure(engine: LocalEngine, prompt_tokens: int, new_tokens: int, repetitions: int) -> Latency:

@@ -8,15 +8,14 @@ KL divergence from the exact distribution to the fast one, in nats, and how ofte
 from __future__ import annotations
 
 import argparse
-import datetime
 import sys
 from pathlib import Path
 
 import torch
 
-from bench.machine import commit, cpu_name, versions
+from bench import results
 from bench.prompts import prose_tokens
-from bench.report import markdown_table, write_json
+from bench.report import markdown_table
 from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.core.runner import Runner
 from engine.errors import FenError
@@ -57,17 +56,13 @@ def main() -> None:
     found = {}
     for name, rows in {"prefill, 512 at a time": 512, "decode, 1 at a time": 1}.items():
         found[name] = divergence(exact, log_probabilities(checkpoint, "auto", tokens, rows))
-    result = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": cpu_name(),
-        "versions": versions(),
-        "model": checkpoint.path.name,
+    data = {
         "tokens": len(tokens),
         "divergence": {name: {"kl_nats": kl, "top1_agreement": same} for name, (kl, same) in found.items()},
     }
-    write_json(arguments.json, result)
-    print(f"{checkpoint.path.name} on {cpu_name()}: the default dtypes against float32 over {len(tokens)} tokens")
+    result = results.new("quality", data, model=checkpoint.path.name, quantization=checkpoint.quantization)
+    results.save(arguments.json, result)
+    print(f"{result.model} on {result.device}: the default dtypes against float32 over {len(tokens)} tokens")
     print(
         markdown_table(
             ["", "KL divergence, nats", "same most likely token"],

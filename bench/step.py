@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from bench import kernel_cases, kernels
+from bench import kernel_cases, kernels, results
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.kernel_cases import FORMATS, Case, Shape
 from bench.machine import Disturbance
 from bench.operations import BenchError, Operation, Place
-from bench.report import markdown_table, write_json
+from bench.report import markdown_table
 from bench.timing import Call, measure
 
 
@@ -70,9 +70,10 @@ def run(
     print(render(timed))
     print(kernels.disturbed(meanwhile))
     if json_path is not None:
-        head = kernels.result(ceilings, kernels.device_name(place.device), meanwhile)
-        what = {"model": model, "batch": batch, "context": context, "weights": weights}
-        write_json(Path(json_path), head | what | {"us": timed.us, "launches": timed.rows})
+        data = kernels.conditions(ceilings, meanwhile) | {"batch": batch, "context": context}
+        data |= {"us": timed.us, "launches": timed.rows}
+        device = kernels.device_name(place.device)
+        results.save(Path(json_path), results.new("step", data, model=model, quantization=weights, device=device))
 
 
 def measure_step(launches: Sequence[Launch], device: torch.device, ceilings: Ceilings, seconds: float) -> StepTime:

@@ -329,7 +329,7 @@ def _start(engine: EngineOptions, price: str | None = None) -> LocalModel:
     _check_installation()
     from rich.console import Console
 
-    from server.cost import parse_price
+    from bench.prices import parse_price
     from server.local_model import LocalModel
 
     known = None if price is None else parse_price(price)

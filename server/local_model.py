@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from bench.prices import USE, Price, price_of, usd
 from engine.chat import render_chat
 from engine.checkpoint import open_checkpoint
 from engine.core.client import EngineClient
 from engine.detokenizer import OutputText
 from engine.errors import FenError, RequestError
 from engine.messages import EngineInfo, EngineOptions, Request, SamplingParams
-from server.cost import USE, Price, price_of, usd
 
 T = TypeVar("T")
 Messages = list[dict[str, str]]

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.cost import per_million
+from bench.prices import per_million
 
 if TYPE_CHECKING:
     from server.choice import Choice

@@ -10,12 +10,12 @@ from types import FrameType
 import uvicorn
 from rich.console import Console
 
+from bench.prices import parse_price
 from engine.checkpoint import open_checkpoint
 from engine.core.client import EngineClient
 from engine.errors import FenError
 from server.app import create_app
 from server.banner import print_banner
-from server.cost import parse_price
 from server.service import Service
 from server.settings import ServerSettings
 

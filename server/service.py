@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from bench.prices import Price, no_price, parse_price, price_of
 from engine.chat import render_chat
 from engine.checkpoint.tokenizer import Tokenizer
 from engine.core.client import EngineClient
 from engine.errors import RequestError
 from engine.messages import EngineInfo
-from server.cost import Price, no_price, parse_price, price_of
 from server.energy import EnergyMeter
 from server.errors import ApiError
 from server.metrics import Metrics

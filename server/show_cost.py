@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.prices import BASES, usd
 from engine.errors import FenError
-from server.cost import BASES, usd
 from server.terminal_chat import RemoteModel
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 
 from bench import gpu
 from bench.gpu import Section
+from bench.results import load
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton runs on Linux")
 COMMAND = [sys.executable, "-m", "bench.gpu"]
@@ -27,7 +27,7 @@ def test_dry_run_goes_to_its_end(tmp_path: Path) -> None:
         [*COMMAND, "--dry", "--output", str(tmp_path)], capture_output=True, text=True, env=environment, timeout=280
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    kept = json.loads((tmp_path / "gpu.json").read_text())
+    kept = load(tmp_path / "gpu.json", "gpu").data
     assert kept["dry"] and set(kept["sections"]) >= {"ceilings", "time w4", "step", "end to end", "transformers"}
     unfinished = {name: section for name, section in kept["sections"].items() if not section["complete"]}
     assert not unfinished

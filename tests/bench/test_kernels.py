@@ -18,6 +18,7 @@ from bench import kernel_cases, kernels, step, tune
 from bench.ceilings import Ceilings
 from bench.kernel_cases import TINY, Case
 from bench.operations import Operation, Place, add_baseline, elementwise, largest, relative
+from bench.results import load
 from bench.timing import copies, wall_time
 from server.cli import app
 
@@ -120,8 +121,8 @@ def test_the_command_keeps_json_csv_and_plots(tmp_path: Path, monkeypatch: pytes
     result = CliRunner().invoke(app, ["bench", "kernels", "--threads", "1", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "no GPU" in result.stdout and "| linear" in result.stdout
-    kept = json.loads((tmp_path / "kernels.json").read_text())
-    assert len(kept["rows"]) == 3 and kept["ceilings"]["bandwidth"] == LIMITS.bandwidth and kept["commit"]
+    kept = load(tmp_path / "kernels.json", "kernels").data
+    assert len(kept["rows"]) == 3 and kept["ceilings"]["bandwidth"] == LIMITS.bandwidth
     with (tmp_path / "kernels.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["case"] for line in lines] == [row["case"] for row in kept["rows"]] and float(lines[0]["us"]) > 0
@@ -151,7 +152,7 @@ def test_a_steps_column_adds_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     options = ["--model", "tiny", "--context", "70", "--threads", "1", "--json", str(path)]
     result = CliRunner().invoke(app, ["bench", "step", *options])
     assert result.exit_code == 0, result.output
-    kept = json.loads(path.read_text())
+    kept = load(path, "step").data
     assert sum(row["us"] for row in kept["launches"]) == pytest.approx(kept["us"])
     assert sum(row["count"] for row in kept["launches"]) == 9 * TINY.layers + 3
     assert "| the step" in result.stdout and "of the roofline" in result.stdout

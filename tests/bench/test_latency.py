@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench import latency
+from bench.results import load
 from engine.checkpoint import open_checkpoint
 from engine.messages import EngineOptions
 from server.cli import app
@@ -27,7 +27,9 @@ def test_the_table_and_the_json(
     latency.run(options, prompt_tokens=32, new_tokens=8, repetitions=3, json_path=str(path))
     printed = capsys.readouterr().out
     assert "| pp32 " in printed and "| tg8 " in printed and "GB/s" in printed and "GFLOP/s" in printed
-    result = json.loads(path.read_text())
+    kept = load(path, "latency")
+    result = kept.data
+    assert kept.quantization == "float32"
     assert len(result["prefill"]) == len(result["decode"]) == 3
     assert min(*result["prefill"], *result["decode"], result["read_bandwidth"], result["matmul_rate"]) > 0
     assert result["dtype"] == "float32" and result["threads"] == 1

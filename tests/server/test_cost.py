@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.prices import USE, WORK, parse_price, per_million, price_of, usd
 from engine.checkpoint import Tokenizer
 from engine.errors import FenError
 from engine.ledger import CLASSES
 from engine.messages import EngineStats, LedgerSnapshot, Output
-from server.cost import USE, WORK, parse_price, per_million, price_of, reply_cost, summary, usd
+from server.cost import reply_cost, summary
 from tests.server.live import LiveServer
 from tests.server.scripted import INFO, ScriptedEngine, ask
 
