@@ -11,11 +11,28 @@ from starlette.middleware.cors import CORSMiddleware
 
 from engine.checkpoint.tokenizer import Tokenizer
 from engine.core.client import EngineClient
-from server import chat, completions, errors, status, text_routes
+from server import chat, completions, errors, openapi, status, text_routes
 from server.middleware import Envelope
 from server.service import Service
 from server.settings import ServerSettings
 from server.version import version
+
+
+def api(lifespan: Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]] | None = None) -> FastAPI:
+    """All routes and their description (FastAPI.openapi), without the service that they need to answer."""
+    app = FastAPI(
+        title="Fen",
+        version=version(),
+        lifespan=lifespan,
+        redirect_slashes=False,
+        description=openapi.DESCRIPTION,
+        responses=openapi.ERRORS,
+    )
+    for router in (completions.router, chat.router, text_routes.router, status.router):
+        app.include_router(router)
+    errors.install(app)
+    openapi.describe(app)
+    return app
 
 
 def create_app(
@@ -36,21 +53,8 @@ def create_app(
         async with service.running(start or client.start):
             yield
 
-    app = FastAPI(
-        title="Fen",
-        version=version(),
-        lifespan=lifespan,
-        redirect_slashes=False,
-        description="An OpenAI-compatible inference server.",
-        responses={
-            "4XX": {"model": errors.ErrorReply, "description": "The request is at fault."},
-            "5XX": {"model": errors.ErrorReply, "description": "The server is; 503 says when to come back."},
-        },
-    )
+    app = api(lifespan)
     app.state.service = service
-    for router in (completions.router, chat.router, text_routes.router, status.router):
-        app.include_router(router)
-    errors.install(app)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

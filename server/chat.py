@@ -10,15 +10,22 @@ from server.choice import Choice
 from server.generation import Generation, Json
 from server.json_route import JsonRoute
 from server.logprobs import chat_logprobs
+from server.openapi import reply_or_events
 from server.protocol import ChatCompletionRequest
+from server.replies import ChatCompletion, ChatCompletionChunk
 from server.service import Service
 
 router = APIRouter(route_class=JsonRoute)
 
 
-@router.post("/v1/chat/completions", operation_id="create_chat_completion")
+@router.post(
+    "/v1/chat/completions",
+    operation_id="create_chat_completion",
+    responses=reply_or_events(ChatCompletion, ChatCompletionChunk),
+)
 @router.post("/chat/completions", include_in_schema=False)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
+    """Answer a conversation, by the model's own chat template."""
     service: Service = request.app.state.service
     service.check_model(body.model)
     return Generation(service, body, ChatShape(service, body), 1)

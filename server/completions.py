@@ -10,15 +10,20 @@ from server.choice import Choice
 from server.generation import Generation, Json
 from server.json_route import JsonRoute
 from server.logprobs import completion_logprobs
+from server.openapi import reply_or_events
 from server.protocol import CompletionRequest
+from server.replies import Completion, CompletionChunk
 from server.service import Service
 
 router = APIRouter(route_class=JsonRoute)
 
 
-@router.post("/v1/completions", operation_id="create_completion")
+@router.post(
+    "/v1/completions", operation_id="create_completion", responses=reply_or_events(Completion, CompletionChunk)
+)
 @router.post("/completions", include_in_schema=False)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
+    """Continue a text, or several."""
     service: Service = request.app.state.service
     service.check_model(body.model)
     return Generation(service, body, CompletionShape(service, body), len(body.prompt))

@@ -11,7 +11,6 @@ import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from engine.errors import EngineDeadError, FenError, RequestError
@@ -27,19 +26,6 @@ TYPES = {
 }
 MAX_DETAILS = 10
 MAX_ECHO = 200  # characters of the caller's input that a message repeats
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorReply(BaseModel):
-    """The body of every 4xx and 5xx reply, for /openapi.json."""
-
-    error: ErrorDetail
 
 
 class ApiError(HTTPException):

@@ -87,7 +87,8 @@ def _content(value: Any) -> str:
     return "\n".join(texts)
 
 
-_STRINGS = {"type": "array", "items": {"type": "string"}}
+_TEXT = {"type": "string", "minLength": 1}
+_STOP = _TEXT | {"maxLength": MAX_STOP_CHARACTERS}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 
 Prompt = Annotated[
@@ -96,8 +97,8 @@ Prompt = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string", "minLength": 1},
-                _STRINGS | {"minItems": 1, "maxItems": MAX_PROMPTS},
+                _TEXT,
+                {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": MAX_PROMPTS},
                 _IDS,
                 {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
             ]
@@ -110,8 +111,8 @@ Stop = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS},
-                _STRINGS | {"maxItems": MAX_STOPS},
+                _STOP,
+                {"type": "array", "items": _STOP, "maxItems": MAX_STOPS},
             ]
         }
     ),

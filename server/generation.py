@@ -61,7 +61,7 @@ class Generation(Response):
         self.status_code = 200
         self.background = None
         self.media_type = "text/event-stream" if self.stream else "application/json"
-        headers = {"x-ignored-params": ",".join(ignored)[:1024]} if (ignored := asked.ignored()) else {}
+        headers = asked.ignored_header()
         if self.stream:
             headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         self.init_headers(headers)
@@ -158,7 +158,7 @@ class Generation(Response):
                 event = self.head(self.shape.chunk_kind)
                 event["choices"] = [chunk]
                 if self.options.continuous_usage_stats:
-                    event["usage"] = self.usage([choice])
+                    event["usage"] = self.usage([choice]) | {"cost": None, "cost_details": None}
                 elif self.options.include_usage:
                     event["usage"] = None
                 data += b"data: " + encode_json(event) + b"\n\n"
@@ -186,11 +186,11 @@ class Generation(Response):
     def generated(self, choice: Choice) -> int:
         return 0 if self.asked.limit() == 0 else choice.completion_tokens
 
-    def timing(self, choices: list[Choice]) -> Json:
+    def timing(self, choices: list[Choice]) -> Json | None:
         """Under vLLM's names. Of several choices: the first token of any, the end of the last."""
         begun = [choice for choice in choices if choice.started is not None]
         if not begun:
-            return {}
+            return None
         first = min(choice.started or 0.0 for choice in begun)
         end = max(choice.ended for choice in begun)
         tokens = sum(choice.completion_tokens for choice in begun)

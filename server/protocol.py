@@ -16,6 +16,7 @@ from server.fields import ContentText, LogitBias, Prompt, Stop, TokenId
 
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
+MAX_IGNORED = 1024  # characters of x-ignored-params
 
 # Known, meaningful, not implemented: refused unless given with a value that changes nothing. Declaring a field on a
 # model takes it off this list.
@@ -67,10 +68,20 @@ WITHOUT_EFFECT = frozenset(
 )
 
 
-class Body(BaseModel):
-    """Base of every request body: strict types, no NaN, null is absent, unknown fields are collected."""
+def _allow_null(schema: dict[str, Any]) -> None:
+    """For /openapi.json: what need not be given may be null."""
+    for name, field in schema["properties"].items():
+        if name not in schema.get("required", ()):
+            about = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            kinds = field.get("anyOf", [field])
+            null = {"type": "null"}
+            schema["properties"][name] = {"anyOf": [*kinds, *([] if null in kinds else [null])], **about}
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+class Body(BaseModel):
+    """A JSON object."""  # with strict types and no NaN; null is absent, unknown fields are collected
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, json_schema_extra=_allow_null)
     refused: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
@@ -85,14 +96,26 @@ class Body(BaseModel):
         return data
 
     def ignored(self) -> list[str]:
-        """Names of fields that nobody here knows."""
+        """Names of fields that nobody here knows, also those of bodies in this one: `messages[0].zebra`."""
         known = WITHOUT_EFFECT | REFUSED.keys() if self.refused else frozenset()
-        return sorted((self.model_extra or {}).keys() - known)
+        names = sorted((self.model_extra or {}).keys() - known)
+        for field in type(self).model_fields:
+            value = getattr(self, field)
+            inner = {field: value} if isinstance(value, Body) else {}
+            if isinstance(value, list):
+                inner = {f"{field}[{i}]": item for i, item in enumerate(value) if isinstance(item, Body)}
+            names += [f"{at}.{name}" for at, item in inner.items() for name in item.ignored()]
+        return names
+
+    def ignored_header(self) -> dict[str, str]:
+        names = ",".join(self.ignored())[:MAX_IGNORED]
+        text = names.encode("unicode_escape").decode()[:MAX_IGNORED]  # a name may be anything, a header may not
+        return {"x-ignored-params": text} if text else {}
 
 
 class StreamOptions(Body):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: bool = Field(False, description="a last chunk with the usage")
+    continuous_usage_stats: bool = Field(False, description="usage so far, in every chunk")
 
 
 class GenerationBody(Body):
@@ -100,28 +123,34 @@ class GenerationBody(Body):
 
     refused = frozenset(REFUSED)
 
-    model: str | None = None
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    model: str | None = Field(None, description="default: the model that is served")
+    temperature: float = Field(1.0, ge=0, le=2, description="0 takes the most likely token")
+    top_p: float = Field(1.0, gt=0, le=1, description="keep the most likely tokens that together have this probability")
     top_k: int = Field(0, ge=-1, le=2**31 - 1, description="0 and -1 are off")
-    min_p: float = Field(0.0, ge=0, le=1)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
-    min_tokens: int = Field(0, ge=0, le=2**31 - 1)
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    min_p: float = Field(0.0, ge=0, le=1, description="drop tokens less likely than this share of the most likely one")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="off the logit of every token generated so far")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="the same, once for each time")
+    repetition_penalty: float = Field(
+        1.0, gt=0, le=10, description="divides logits above 0 of tokens seen, prompt included"
+    )
+    min_tokens: int = Field(0, ge=0, le=2**31 - 1, description="no end and no stop string before")
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="choices for each prompt")
     best_of: int | None = Field(None, description="only the value of n is accepted")
-    stop: Stop = []
-    stop_token_ids: list[TokenId] = Field([], max_length=64)
+    stop: Stop = Field([], description="text that ends the reply")
+    stop_token_ids: list[TokenId] = Field([], max_length=64, description="tokens that end it")
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="choice i draws from stream (seed, i)")
-    logit_bias: LogitBias = {}
+    logit_bias: LogitBias = Field({}, description="token id to what is added to its logit")
     stream: bool = False
     stream_options: StreamOptions | None = None
-    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
-    request_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,64}$")] | None = None
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
+        None, description="the prefix cache is shared between equal salts only"
+    )
+    request_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,64}$")] | None = Field(
+        None, description="becomes part of the reply's id"
+    )
     priority: int = Field(0, ge=-(2**31), le=2**31 - 1, description="smaller is served first")
 
     @model_validator(mode="after")
@@ -131,10 +160,6 @@ class GenerationBody(Body):
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed with stream: true", "stream_options")
         return self
-
-    def ignored(self) -> list[str]:
-        inner = self.stream_options.ignored() if self.stream_options else []
-        return super().ignored() + [f"stream_options.{name}" for name in inner]
 
     def limit(self) -> int | None:
         """The caller's bound on new tokens, None where none was given."""
@@ -179,9 +204,11 @@ class GenerationBody(Body):
 class CompletionRequest(GenerationBody):
     prompt: Prompt
     max_tokens: int = Field(16, ge=0, le=2**31 - 1, description="0 only with echo")
-    echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    add_special_tokens: bool = True
+    echo: bool = Field(False, description="begin the reply with the prompt; with logprobs, the prompt's are there too")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives beside each token's logprob"
+    )
+    add_special_tokens: bool = Field(True, description="such as a BOS before a text prompt")
 
     @model_validator(mode="after")
     def _zero_needs_echo(self) -> CompletionRequest:
@@ -229,7 +256,7 @@ class ChatCompletionRequest(GenerationBody):
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="default: the rest of the context")
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="wins over max_tokens")
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives beside each token")
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatCompletionRequest:

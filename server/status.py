@@ -6,78 +6,82 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from server.cost import summary
 from server.errors import ApiError
+from server.replies import Cost, Health, Load, ModelCard, ModelList, Ready, Version
 from server.service import Service
 from server.version import version
 
 router = APIRouter()
 
 
-def card(service: Service) -> dict[str, Any]:
+def card(service: Service) -> ModelCard:
     info = service.client.info
-    return {
-        "id": service.model,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "fen",
-        "root": service.model,
-        "parent": None,
-        "max_model_len": info.max_model_len if info else None,
-    }
+    return ModelCard(
+        id=service.model,
+        object="model",
+        created=service.created,
+        owned_by="fen",
+        root=service.model,
+        parent=None,
+        max_model_len=info.max_model_len if info else None,
+    )
 
 
 @router.get("/v1/models")
 @router.get("/models", include_in_schema=False)
-async def list_models(request: Request) -> dict[str, Any]:
-    return {"object": "list", "data": [card(request.app.state.service)]}
+async def list_models(request: Request) -> ModelList:
+    """What is served."""
+    return ModelList(object="list", data=[card(request.app.state.service)])
 
 
 @router.get("/v1/models/{model:path}")
 @router.get("/models/{model:path}", include_in_schema=False)
-async def retrieve_model(model: str, request: Request) -> dict[str, Any]:
+async def retrieve_model(model: str, request: Request) -> ModelCard:
+    """One of them; 404 `model_not_found` for another name."""
     service: Service = request.app.state.service
     service.check_model(model)
     return card(service)
 
 
 @router.get("/health")
-async def health(request: Request) -> dict[str, str]:
+async def health(request: Request) -> Health:
     """200 while the engine's heartbeat says that it can answer; 503 with the reason otherwise."""
     request.app.state.service.check_ready()
-    return {"status": "ok"}
+    return Health(status="ok")
 
 
 @router.get("/ready")
-async def ready(request: Request) -> dict[str, str]:
+async def ready(request: Request) -> Ready:
     """For load balancers: 503 while loading, restarting or draining."""
     request.app.state.service.check_ready()
-    return {"status": "ready"}
+    return Ready(status="ready")
 
 
 @router.get("/version")
-async def get_version() -> dict[str, str]:
-    return {"version": version()}
+async def get_version() -> Version:
+    """Fen's own."""
+    return Version(version=version())
 
 
 @router.get("/load")
-async def load(request: Request) -> dict[str, Any]:
+async def load(request: Request) -> Load:
+    """What is in flight now; the engine's part is at most a second old."""
     service: Service = request.app.state.service
     stats = service.client.stats
-    usage = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
-    return {
-        "server_load": service.admitted,
-        "running": stats.running,
-        "waiting": service.waiting,
-        "kv_cache_usage": usage,
-        "kv_blocks_used": stats.blocks_used,
-        "kv_blocks_total": stats.blocks_total,
-    }
+    return Load(
+        server_load=service.admitted,
+        running=stats.running,
+        waiting=service.waiting,
+        kv_cache_usage=stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0,
+        kv_blocks_used=stats.blocks_used,
+        kv_blocks_total=stats.blocks_total,
+    )
 
 
-@router.get("/v1/cost")
+@router.get("/v1/cost", response_model=Cost)
 async def cost(request: Request) -> dict[str, Any]:
     """Where every device second since the start went, and what it cost (docs/cost.md)."""
     service: Service = request.app.state.service
@@ -99,8 +103,9 @@ async def cost(request: Request) -> dict[str, Any]:
     }
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
+    """For Prometheus, under vLLM's names."""
     return Response(request.app.state.service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 

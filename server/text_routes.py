@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from server.json_route import JsonRoute
 from server.logprobs import token_text
 from server.protocol import DetokenizeRequest, TokenizeRequest
+from server.replies import Detokenized, Tokenized
 from server.service import Service
 
 router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+async def tokenize(body: TokenizeRequest, request: Request, response: Response) -> Tokenized:
+    """The tokens of a text, or of messages as the chat template renders them."""
     service: Service = request.app.state.service
     service.check_model(body.model)
     info = service.check_ready()
@@ -24,15 +24,17 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     else:
         text, special = body.prompt or "", body.add_special_tokens is not False
         tokens = await service.in_thread(lambda: service.tokenizer.encode(text, special))
-    reply: dict[str, Any] = {"count": len(tokens), "max_model_len": info.max_model_len, "tokens": tokens}
-    reply["token_strs"] = [token_text(service.tokenizer, token) for token in tokens] if body.return_token_strs else None
-    return reply
+    strings = [token_text(service.tokenizer, token) for token in tokens] if body.return_token_strs else None
+    response.headers.update(body.ignored_header())
+    return Tokenized(count=len(tokens), max_model_len=info.max_model_len, tokens=tokens, token_strs=strings)
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
+async def detokenize(body: DetokenizeRequest, request: Request, response: Response) -> Detokenized:
+    """The text of token ids, special tokens written out."""
     service: Service = request.app.state.service
     service.check_model(body.model)
     service.check_ids(body.tokens, "tokens")
-    text = await service.in_thread(lambda: service.tokenizer.decode(body.tokens, skip_special_tokens=False))
-    return {"prompt": text}
+    response.headers.update(body.ignored_header())
+    decode = service.tokenizer.decode
+    return Detokenized(prompt=await service.in_thread(lambda: decode(body.tokens, skip_special_tokens=False)))

@@ -1,4 +1,5 @@
-"""A server process started the way `fen serve` starts it, and what tests ask of it."""
+"""A server process started the way `fen serve` starts it, and what tests ask of it. Every reply is held against its
+description (tests.server.conform)."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ import psutil
 
 from engine.messages import EngineOptions
 from server.settings import ServerSettings
+from tests.server.conform import check_event, check_reply
 
 LAUNCH = """
 import sys, msgspec
@@ -42,7 +44,7 @@ class LiveServer:
         command = [sys.executable, "-c", prelude + LAUNCH, msgspec.json.encode(settings).decode()]
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         self.process = subprocess.Popen(command, stderr=self.log)
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = httpx.Client(base_url=self.url, timeout=60, event_hooks={"response": [check_reply]})
         if wait:
             self.wait_ready()
 
@@ -95,7 +97,9 @@ class LiveServer:
         with self.http.stream("POST", path, json={"temperature": 0, "stream": True, **body}) as response:
             assert response.status_code == 200, response.read()
             assert response.headers["content-type"].startswith("text/event-stream")
-            yield from events(response.iter_text())
+            for event in events(response.iter_text()):
+                check_event(path, event)
+                yield event
 
     def stop(self) -> int:
         if self.process.poll() is None:

@@ -226,6 +226,16 @@ def test_null_is_absent_and_neutral_values_pass(server: LiveServer) -> None:
 
 
 def test_unknown_fields_are_named(server: LiveServer) -> None:
-    response = server.complete(max_tokens=1, zebra=1, apple=None, mango={"a": [1]})
-    assert response.status_code == 200
-    assert response.headers["x-ignored-params"] == "mango,zebra"
+    def ignored(path: str, **body: Any) -> str:
+        response = server.http.post(path, json=body)
+        assert response.status_code == 200, response.text
+        return response.headers["x-ignored-params"]
+
+    path, hi = "/v1/completions", {"prompt": "hi", "max_tokens": 1}
+    assert ignored(path, **hi, zebra=1, apple=None, mango={"a": [1]}) == "mango,zebra"
+    assert ignored(path, **hi, **{"é\r\nset-cookie: a": 1, "🥖": 2}) == r"\xe9\r\nset-cookie: a,\U0001f956"
+    assert len(ignored(path, **hi, **{"🥖" * 900: 2})) == 1024
+    options = {"stream": True, "stream_options": {"apple": 1}}
+    assert ignored(path, **hi, **options) == "stream_options.apple"
+    assert ignored("/tokenize", messages=[*HI, HI[0] | {"mango": 1}], zebra=1) == "zebra,messages[1].mango"
+    assert ignored("/detokenize", tokens=[], zebra=1) == "zebra"

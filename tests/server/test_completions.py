@@ -117,6 +117,7 @@ def test_continuous_usage(server: LiveServer) -> None:
     options = {"continuous_usage_stats": True}
     events = list(server.stream("/v1/completions", prompt=FRANCE, max_tokens=5, stream_options=options))
     assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3, 4, 5]
+    assert all(event["usage"]["cost"] is None for event in events)  # known when the reply is complete
 
 
 def test_stop_string_never_leaks(server: LiveServer) -> None:
