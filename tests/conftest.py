@@ -23,7 +23,7 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     """random_checkpoint(family="Llama", dtype="float32", max_shard_size="1GB", **config) -> a folder.
 
     A small model with random weights, as transformers saves it, and a tokenizer of 512 tokens. The same arguments give
-    the same folder. `config` are fields of the family's config ("Llama", "Mistral", "Qwen2", "Qwen3"), on top of
+    the same folder. `config` are fields of the family's config ("Llama", "Mistral", "Qwen3", "Phi3" ...), on top of
     4 query heads, 2 key/value heads, 2 layers. Weights vary ten times more than transformers' default, so that the most
     likely token stands out and greedy texts can be compared.
     """

@@ -14,8 +14,19 @@ from engine.checkpoint.gguf import GgufFile
 from engine.errors import CheckpointError
 from engine.model.config import ModelConfig, RopeScaling
 
-HF_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "YiForCausalLM")
-GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+HF_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "YiForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Phi3ForCausalLM",
+    "GraniteForCausalLM",
+    "SmolLM3ForCausalLM",
+)
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "granite", "smollm3")
+_GGUF_PERMUTED = ("llama", "granite", "smollm3")  # their converters permute the rows of q and k
+_GGUF_UNROTATED = 4  # SmolLM3's every fourth layer has no rope; the file does not say so
 
 # Fields of variants that the decoder does not have, and the value that switches each of them off.
 _HF_NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -29,8 +40,20 @@ _HF_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "embedding_multiplier": (1.0,),
     "residual_multiplier": (1.0,),
     "logits_scaling": (1.0,),
+    "attention_multiplier": (),
     "no_rope_layers": ([],),
     "use_mrope": (False,),
+}
+# Of these, what a family does have.
+_HF_OWN: dict[str, tuple[str, ...]] = {
+    "Phi3ForCausalLM": ("partial_rotary_factor",),
+    "GraniteForCausalLM": (
+        "embedding_multiplier",
+        "residual_multiplier",
+        "logits_scaling",
+        "attention_multiplier",
+    ),
+    "SmolLM3ForCausalLM": ("no_rope_layers",),
 }
 _GGUF_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
@@ -130,7 +153,8 @@ def hf_config(values: dict[str, Any], generation: dict[str, Any], where: str) ->
         raise fields.fail("architectures", f"is {_show(architectures)}; supported: {', '.join(HF_ARCHITECTURES)}")
     architecture = architectures[0]
     qwen = architecture.startswith("Qwen")
-    fields.refuse(_HF_NEUTRAL)
+    own = _HF_OWN.get(architecture, ())
+    fields.refuse({name: values for name, values in _HF_NEUTRAL.items() if name not in own})
     shape = _sizes(
         fields,
         names=("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -139,7 +163,7 @@ def hf_config(values: dict[str, Any], generation: dict[str, Any], where: str) ->
         default_head_dim=128 if architecture == "Qwen3ForCausalLM" else None,
     )
     max_position = fields.integer("max_position_embeddings", 1 << 26, default=2048)
-    rope_theta, rope_scaling = _hf_rope(fields, max_position)
+    rope_theta, rope_scaling, rotary_dim = _hf_rope(fields, max_position, shape["head_dim"], architecture)
     # yarn is written beside the context before stretching. So is dynamic, which then changes nothing below that length:
     # its context stays what it was, and a longer --max-model-len stretches it.
     if rope_scaling and rope_scaling.kind == "yarn":
@@ -159,6 +183,12 @@ def hf_config(values: dict[str, Any], generation: dict[str, Any], where: str) ->
         mlp_bias=not qwen and fields.flag("mlp_bias"),
         qk_norm=architecture == "Qwen3ForCausalLM",
         sliding_window=_hf_window(fields, architecture, shape["num_layers"]),
+        rotary_dim=rotary_dim,
+        unrotated_layers=_hf_unrotated(fields, shape["num_layers"]) if "no_rope_layers" in own else (),
+        attention_scale=fields.optional("attention_multiplier", 1e-6, 1e6),
+        embedding_multiplier=fields.number("embedding_multiplier", 1e-6, 1e6, default=1.0),
+        residual_multiplier=fields.number("residual_multiplier", 1e-6, 1e6, default=1.0),
+        logits_divisor=fields.number("logits_scaling", 1e-6, 1e6, default=1.0),
         bos_token_id=starts[0] if starts else None,
         eos_token_ids=ends or fields.token_ids("eos_token_id", shape["vocab_size"]),
         dtype=_hf_dtype(fields),
@@ -198,8 +228,22 @@ def _sizes(
     return sizes
 
 
-def _hf_rope(fields: Fields, max_position: int) -> tuple[float, RopeScaling | None]:
-    """rope_theta and the scaling: from `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`."""
+def _hf_unrotated(fields: Fields, num_layers: int) -> tuple[int, ...]:
+    """SmolLM3: a 1 for each layer with rope, or every so many layers one without."""
+    flags = fields.get("no_rope_layers")
+    if not flags:
+        interval = fields.integer("no_rope_layer_interval", 1 << 20, default=4)
+        flags = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    if not isinstance(flags, list) or len(flags) != num_layers or not set(flags) <= {0, 1}:
+        raise fields.fail("no_rope_layers", f"is {_show(flags)}; {num_layers} zeros and ones are allowed")
+    return tuple(layer for layer, rotated in enumerate(flags) if not rotated)
+
+
+def _hf_rope(
+    fields: Fields, max_position: int, head_dim: int, architecture: str
+) -> tuple[float, RopeScaling | None, int | None]:
+    """rope_theta, the scaling and how much of a head is rotated: from `rope_parameters` (transformers 5), or from
+    `rope_theta`, `rope_scaling` and `partial_rotary_factor`."""
     name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
     values = fields.get(name) or {}
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
@@ -208,16 +252,29 @@ def _hf_rope(fields: Fields, max_position: int) -> tuple[float, RopeScaling | No
     theta = rope if rope.get("rope_theta") is not None else fields
     rope_theta = theta.number("rope_theta", 1, 1e12, default=10000.0)
     key = "rope_type" if rope.get("rope_type") is not None else "type"
-    kind = rope.word(key, ("default", "linear", "dynamic", "llama3", "yarn"), default="default")
-    rope.refuse({"partial_rotary_factor": (1.0,), "mrope_section": ()})
+    kinds = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+    kind = "longrope" if rope.get(key) == "su" else rope.word(key, kinds, default="default")
+    rope.refuse({"mrope_section": ()})
+    rotary_dim = None
+    if "partial_rotary_factor" in _HF_OWN.get(architecture, ()):
+        place = rope if rope.get("partial_rotary_factor") is not None else fields
+        rotary_dim = int(head_dim * place.number("partial_rotary_factor", 1e-3, 1.0, default=1.0))
+        if rotary_dim < 2 or rotary_dim % 2:
+            raise place.fail("partial_rotary_factor", f"rotates {rotary_dim} of {head_dim}; an even number is needed")
+        rotary_dim = None if rotary_dim == head_dim else rotary_dim
+    else:
+        rope.refuse({"partial_rotary_factor": (1.0,)})
     if kind == "default":
-        return rope_theta, None
-    original = rope.integer("original_max_position_embeddings", 1 << 26, default=max_position)
+        return rope_theta, None, rotary_dim
+    place = fields if kind == "longrope" and rope.get("original_max_position_embeddings") is None else rope
+    original = place.integer("original_max_position_embeddings", 1 << 26, default=max_position)
     if kind == "dynamic":  # transformers stretches from max_position_embeddings, whatever the other field says
         original = max_position
-    return rope_theta, RopeScaling(
+    stretch = max_position / original if kind in ("yarn", "longrope") else None
+    pairs = (rotary_dim or head_dim) // 2 if kind == "longrope" else 0
+    scaling = RopeScaling(
         kind=kind,
-        factor=rope.number("factor", 1, 1e6, default=max_position / original if kind == "yarn" else None),
+        factor=rope.number("factor", 1, 1e6, default=stretch),
         original_max_position=original,
         low_freq_factor=rope.number("low_freq_factor", 1e-6, 1e6, default=1.0),
         high_freq_factor=rope.number("high_freq_factor", 1e-6, 1e6, default=4.0),
@@ -227,13 +284,26 @@ def _hf_rope(fields: Fields, max_position: int) -> tuple[float, RopeScaling | No
         mscale=rope.optional("mscale", 0, 1e6),
         mscale_all_dim=rope.optional("mscale_all_dim", 0, 1e6),
         truncate=rope.flag("truncate", default=True),
+        short_factors=_factors(rope, "short_factor", pairs),
+        long_factors=_factors(rope, "long_factor", pairs),
     )
+    return rope_theta, scaling, rotary_dim
+
+
+def _factors(fields: Fields, name: str, count: int) -> tuple[float, ...]:
+    values = fields.get(name) if count else []
+    if not isinstance(values, list) or len(values) != count:
+        raise fields.fail(name, f"is {_show(values)}; {count} numbers are needed")
+    return tuple(Fields({name: value}, fields.where).number(name, 1e-6, 1e9) for value in values)
 
 
 def _hf_window(fields: Fields, architecture: str, num_layers: int) -> int | None:
     """Mistral has one window for all layers; Qwen switches it on from a layer upwards, or by a list of layer types."""
     qwen = architecture.startswith("Qwen")
-    if architecture not in ("MistralForCausalLM",) and not (qwen and fields.flag("use_sliding_window")):
+    switched = qwen or architecture == "SmolLM3ForCausalLM"
+    if architecture not in ("MistralForCausalLM", "Phi3ForCausalLM") and not (
+        switched and fields.flag("use_sliding_window")
+    ):
         return None
     if fields.get("sliding_window") is None:
         return None
@@ -260,7 +330,8 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     where, metadata, tensors = file.path.name, file.metadata, file.tensors
     arch = Fields(metadata, where).word("general.architecture", GGUF_ARCHITECTURES)
     fields = Fields(metadata, where, prefix=arch + ".")
-    fields.refuse(_GGUF_NEUTRAL)
+    own = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale") if arch == "granite" else ()
+    fields.refuse({name: values for name, values in _GGUF_NEUTRAL.items() if name not in own})
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{where} lacks the tensor token_embd.weight")
     shape = _sizes(
@@ -271,8 +342,12 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         default_head_dim=None,
     )
     head_dim = shape["head_dim"]
-    for name in ("attention.value_length", "rope.dimension_count"):
-        if fields.integer(name, 1 << 20, default=head_dim) != head_dim:
+    rotary_dim = fields.integer("rope.dimension_count", 1 << 20, default=head_dim)
+    for name, value in (
+        ("attention.value_length", fields.integer("attention.value_length", 1 << 20, default=head_dim)),
+        ("rope.dimension_count", head_dim if arch == "phi3" and rotary_dim < head_dim else rotary_dim),
+    ):
+        if value != head_dim:
             raise fields.fail(name, f"is {fields.get(name)}; only the head size, {head_dim}, is supported")
     tokenizer = Fields(metadata, where, prefix="tokenizer.ggml.")
     ends = (tokenizer.token_ids(name, shape["vocab_size"]) for name in ("eos_token_id", "eot_token_id", "eom_token_id"))
@@ -285,9 +360,17 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         max_position=max_position,
         rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon", 0, 0.1),
         rope_theta=fields.number("rope.freq_base", 1, 1e12, default=10000.0),
-        rope_scaling=_gguf_rope(fields, max_position),
-        rope_factors=_gguf_rope_factors(file, head_dim),
-        rope_interleaved=arch == "llama",  # its converter permutes the rows of q and k; the others' do not
+        rope_scaling=_gguf_longrope(file, fields, max_position, rotary_dim) or _gguf_rope(fields, max_position),
+        rope_factors=_gguf_rope_factors(file, "rope_freqs.weight", head_dim),
+        rope_interleaved=arch in _GGUF_PERMUTED,
+        rotary_dim=None if rotary_dim == head_dim else rotary_dim,
+        unrotated_layers=tuple(range(_GGUF_UNROTATED - 1, shape["num_layers"], _GGUF_UNROTATED))
+        if arch == "smollm3"
+        else (),
+        attention_scale=fields.number("attention.scale", 0, 1e6, default=0.0) or None,
+        embedding_multiplier=fields.number("embedding_scale", 0, 1e6, default=0.0) or 1.0,
+        residual_multiplier=fields.number("residual_scale", 0, 1e6, default=0.0) or 1.0,
+        logits_divisor=fields.number("logit_scale", 0, 1e6, default=0.0) or 1.0,
         tie_embeddings="output.weight" not in tensors,
         attention_bias="blk.0.attn_q.bias" in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
@@ -323,12 +406,25 @@ def _gguf_rope(fields: Fields, max_position: int) -> RopeScaling | None:
     )
 
 
-def _gguf_rope_factors(file: GgufFile, head_dim: int) -> tuple[float, ...] | None:
-    """Llama 3's frequency stretch, which GGUF holds as the finished divisors in a tensor."""
-    tensor = file.tensors.get("rope_freqs.weight")
+def _gguf_longrope(file: GgufFile, fields: Fields, max_position: int, rotary_dim: int) -> RopeScaling | None:
+    """Phi-3's, whose two sets of divisors are tensors."""
+    short, long = (_gguf_rope_factors(file, f"rope_factors_{name}.weight", rotary_dim) for name in ("short", "long"))
+    if short is None or long is None:
+        return None
+    original = fields.integer("rope.scaling.original_context_length", 1 << 26, default=max_position)
+    attention = fields.number("rope.scaling.attn_factor", 1e-6, 1e6, default=1.0)
+    return RopeScaling(
+        "longrope", max_position / original, original, attention_factor=attention,
+        short_factors=short, long_factors=long,
+    )  # fmt: skip
+
+
+def _gguf_rope_factors(file: GgufFile, name: str, rotary_dim: int) -> tuple[float, ...] | None:
+    """Divisors of the frequencies, which GGUF holds finished in a tensor (Llama 3's stretch, LongRoPE)."""
+    tensor = file.tensors.get(name)
     if tensor is None:
         return None
     values = tensor.data.view(np.float32) if tensor.dtype == "F32" else np.empty(0)
-    if tensor.shape != (head_dim // 2,) or not (np.isfinite(values) & (values > 0)).all() or not len(values):
-        raise CheckpointError(f"{file.path.name}: rope_freqs.weight must be {head_dim // 2} positive F32 values")
+    if tensor.shape != (rotary_dim // 2,) or not (np.isfinite(values) & (values > 0)).all() or not len(values):
+        raise CheckpointError(f"{file.path.name}: {name} must be {rotary_dim // 2} positive F32 values")
     return tuple(float(value) for value in values)

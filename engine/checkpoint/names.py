@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
 
 from engine.checkpoint.tensors import StoredTensor
 from engine.errors import CheckpointError
@@ -17,6 +22,7 @@ _GGUF_LAYER = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
@@ -24,12 +30,17 @@ _GGUF_LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "gate_up": "mlp.gate_up_proj",
 }
 _YI_LAYER = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}  # Yi's first release
 
 
-def from_gguf(name: str) -> str:
-    """GGUF's name -> ours ("blk.3.attn_q.bias" -> "model.layers.3.self_attn.q_proj.bias"); unknown names are kept."""
+def from_gguf(name: str, fused: bool = False) -> str:
+    """GGUF's name -> ours ("blk.3.attn_q.bias" -> "model.layers.3.self_attn.q_proj.bias"); unknown names are kept.
+
+    fused: ffn_up holds gate and up (Phi-3)."""
+    if fused:
+        name = name.replace(".ffn_up.", ".gate_up.")
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
         layer, part, kind = match.groups()
         return f"{_LAYER}{layer}.{_GGUF_LAYER[part]}.{kind}" if part in _GGUF_LAYER else name
@@ -44,6 +55,31 @@ def from_hugging_face(name: str) -> str | None:
     if match := re.fullmatch(r"model\.layers\.(\d+)\.(ln[12])\.weight", name):
         return f"{_LAYER}{match[1]}.{_YI_LAYER[match[2]]}.weight"
     return name
+
+
+def split_fused(tensor: StoredTensor, config: ModelConfig) -> list[StoredTensor]:
+    """Phi-3 stores q, k, v as one matrix and gate, up as another: their rows, as the tensors they are elsewhere."""
+    prefix, _, last = tensor.name.rpartition(".")
+    prefix, _, part = prefix.rpartition(".")
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    fused = {
+        "qkv_proj": {"q_proj": q, "k_proj": kv, "v_proj": kv},
+        "gate_up_proj": {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
+    }
+    rows = fused.get(part)
+    if rows is None or not tensor.shape or tensor.shape[0] != sum(rows.values()):
+        return [tensor]
+    parts, row, size = [], 0, tensor.nbytes // tensor.shape[0]
+    for name, count in rows.items():
+        source = functools.partial(_rows, tensor, row * size, (row + count) * size)
+        shape = (count, *tensor.shape[1:])
+        parts.append(dataclasses.replace(tensor, name=f"{prefix}.{name}.{last}", shape=shape, source=source))
+        row += count
+    return parts
+
+
+def _rows(tensor: StoredTensor, start: int, end: int) -> npt.NDArray[np.uint8]:
+    return tensor.data[start:end]
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from engine.checkpoint import pull
 from engine.checkpoint.config import gguf_config, hf_config, read_json
 from engine.checkpoint.gguf import read_gguf
-from engine.checkpoint.names import check_tensors, from_gguf, from_hugging_face
+from engine.checkpoint.names import check_tensors, from_gguf, from_hugging_face, split_fused
 from engine.checkpoint.safetensors import read_safetensors, safetensors_files
 from engine.checkpoint.tensors import StoredTensor
 from engine.checkpoint.tokenizer import Tokenizer, tokenizer_from_folder
@@ -127,8 +127,10 @@ def _open_gguf(path: Path, name: str) -> Checkpoint:
     config = gguf_config(file)
     tensors: dict[str, StoredTensor] = {}
     for tensor in file.tensors.values():
-        if tensor.name != "rope_freqs.weight":  # it is in config.rope_factors
-            tensors[from_gguf(tensor.name)] = dataclasses.replace(tensor, name=from_gguf(tensor.name))
+        if not tensor.name.startswith("rope_f"):  # rope_freqs, rope_factors_*: they are in the config
+            ours = from_gguf(tensor.name, fused=config.architecture == "phi3")
+            for part in split_fused(dataclasses.replace(tensor, name=ours), config):
+                tensors[part.name] = part
     sizes: Counter[str] = Counter()
     for tensor in file.tensors.values():
         if len(tensor.shape) > 1 and tensor.name.startswith("blk."):
@@ -159,7 +161,8 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     for tensor in read_safetensors(files).values():
         if (ours := from_hugging_face(tensor.name)) is not None:
-            tensors[ours] = dataclasses.replace(tensor, name=ours)
+            for part in split_fused(dataclasses.replace(tensor, name=ours), config):
+                tensors[part.name] = part
     if config.tie_embeddings:
         tensors.pop("lm_head.weight", None)  # some files repeat the embeddings there; transformers ignores it too
     checked = check_tensors(tensors, config, str(folder))

@@ -7,6 +7,7 @@ import torch
 
 from engine.model.config import ModelConfig
 from engine.model.decoder import Step
+from engine.model.rope import unrotated
 from kernels.cpu import fused
 from kernels.cpu.attention import KEY_TILE, Attention, Span
 from kernels.cpu.linear import Plan, cpu_features
@@ -60,9 +61,12 @@ class CpuBackend:
     def rope_and_cache_write(
         self, qkv: torch.Tensor, step: Step, layer: int, qk_norm: tuple[torch.Tensor, torch.Tensor, float] | None
     ) -> torch.Tensor:
+        rotations = step.rotations
+        if layer in self.config.unrotated_layers:
+            rotations = torch.full_like(rotations, unrotated(self.config))
         return fused.rope_and_cache_write(
             qkv,
-            step.rotations,
+            rotations,
             self.config.num_heads,
             self.config.num_kv_heads,
             self.cache[2 * layer : 2 * layer + 2],

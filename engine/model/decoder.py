@@ -74,13 +74,15 @@ class Decoder:
         ops, eps = self.backend, self.config.rms_norm_eps
         dtype = ops.dtype(step.tokens.shape[0])
         residual = self.embed(step.tokens)
-        delta = None
+        if self.config.embedding_multiplier != 1:
+            residual = residual * self.config.embedding_multiplier
+        delta, weight = None, self.config.residual_multiplier
         for index, layer in enumerate(self.layers):
             x = ops.add_rmsnorm(residual, delta, layer.input_norm, eps, dtype)
             q = ops.rope_and_cache_write(layer.qkv(x), step, index, layer.qk_norm)
-            delta = layer.output(ops.attention(q, step, index))
+            delta = _times(layer.output(ops.attention(q, step, index)), weight)
             x = ops.add_rmsnorm(residual, delta, layer.post_norm, eps, dtype)
-            delta = layer.down(ops.silu_mul(layer.gate_up(x)))
+            delta = _times(layer.down(ops.silu_mul(layer.gate_up(x))), weight)
         assert delta is not None
         rows = step.logit_rows
         if rows is not None:
@@ -89,4 +91,8 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [S, H] -> float32 [S, V]."""
-        return self.head(hidden).float()
+        return _times(self.head(hidden).float(), 1 / self.config.logits_divisor)
+
+
+def _times(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return x if factor == 1 else x * factor

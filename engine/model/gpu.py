@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from engine.model.config import ModelConfig
 from engine.model.decoder import Linear, Step
-from engine.model.rope import rotations
+from engine.model.rope import rotations, unrotated
 from kernels import kv_cache
 from kernels.formats import FOUR_BIT, dequantize
 from kernels.gpu import attention, fused, linear_w4, w4_layout
@@ -76,6 +76,9 @@ class GpuBackend:
         self.cache.clear()  # before the new pages are made
         self.cache += [kv_cache.allocate(*shape, self.activations, device) for _ in range(config.num_layers)]
         self._cos_sin = torch.view_as_real(rotations(config, max_len)).contiguous().to(device)
+        if config.unrotated_layers:
+            self._unrotated = torch.zeros_like(self._cos_sin)
+            self._unrotated[..., 0] = unrotated(config)
         heads = config.num_heads, config.num_kv_heads, config.head_dim
         # Sequences may be as long as the block table is wide, which is a multiple of four.
         longest = -(-max_len // (4 * self.block_size)) * 4 * self.block_size
@@ -98,8 +101,9 @@ class GpuBackend:
     ) -> torch.Tensor:
         heads, cache = self.config.num_heads, self.cache[layer]
         q, k, eps = qk_norm or (None, None, 0.0)
+        cos_sin = self._unrotated if layer in self.config.unrotated_layers else self._cos_sin
         fused.rope_and_cache_write(
-            qkv, step.rotations, step.slots, self._cos_sin, cache, heads, q_weight=q, k_weight=k, eps=eps
+            qkv, step.rotations, step.slots, cos_sin, cache, heads, q_weight=q, k_weight=k, eps=eps
         )
         return qkv[:, : heads * self.config.head_dim].view(qkv.shape[0], heads, -1)
 

@@ -121,8 +121,10 @@ class _Loader:
         """Rows (or elements) of whole heads in the engine's order: pairs (2i, 2i + 1)."""
         if self.config.rope_interleaved:
             return rows
-        half = self.config.head_dim // 2
-        return rows.view(-1, 2, half, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+        dim = self.config.rotary_dim or self.config.head_dim
+        heads = rows.view(-1, self.config.head_dim, *rows.shape[1:])
+        rotated = heads[:, :dim].unflatten(1, (2, dim // 2)).transpose(1, 2).flatten(1, 2)
+        return torch.cat([rotated, heads[:, dim:]], 1).reshape(rows.shape)
 
     def raw(self, name: str) -> Raw:
         return self.read(name), self.tensors[name].dtype

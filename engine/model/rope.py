@@ -9,19 +9,32 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 from engine.model.config import ModelConfig, RopeScaling
 
 
 def rotations(config: ModelConfig, max_len: int) -> torch.Tensor:
-    """complex64 [max_len, D/2]: a * exp(i * position * frequency), a the attention factor of yarn (else 1)."""
+    """complex64 [max_len, D/2]: a * exp(i * position * frequency), a the attention factor of yarn (else 1).
+
+    Dimensions that are not rotated have frequency 0. A scale of the scores other than D ** -0.5 is in a, half of it for
+    q and half for k.
+    """
     frequencies, factor = _frequencies(config, max_len)
+    magnitudes = torch.full((config.head_dim // 2,), unrotated(config))
+    magnitudes[: len(frequencies)] *= factor
+    frequencies = F.pad(frequencies, (0, config.head_dim // 2 - len(frequencies)))
     angles = torch.outer(torch.arange(max_len, dtype=torch.float32), frequencies)
-    return torch.polar(torch.full_like(angles, factor), angles)
+    return torch.polar(magnitudes.expand_as(angles).contiguous(), angles)
+
+
+def unrotated(config: ModelConfig) -> float:
+    """What q and k are multiplied with where they are not rotated."""
+    return math.sqrt((config.attention_scale or config.head_dim**-0.5) * config.head_dim**0.5)
 
 
 def _frequencies(config: ModelConfig, max_len: int) -> tuple[torch.Tensor, float]:
-    dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
+    dim, theta, scaling = config.rotary_dim or config.head_dim, config.rope_theta, config.rope_scaling
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     inverse = 1.0 / theta**exponents
     if config.rope_factors is not None:  # a divisor for each pair, as GGUF stores llama3's scaling
@@ -42,6 +55,8 @@ def _frequencies(config: ModelConfig, max_len: int) -> tuple[torch.Tensor, float
             return _llama3(inverse, scaling), 1.0
         case "yarn":
             return _yarn(inverse, scaling, dim, theta)
+        case "longrope":
+            return _longrope(inverse, scaling, max_len)
         case kind:
             raise AssertionError(f"rope scaling {kind!r} should have been refused with the config")
 
@@ -55,6 +70,16 @@ def _llama3(inverse: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     long = wavelength > scaling.original_max_position / low
     short = wavelength < scaling.original_max_position / high
     return torch.where(long, inverse / scaling.factor, torch.where(short, inverse, blended))
+
+
+def _longrope(inverse: torch.Tensor, scaling: RopeScaling, max_len: int) -> tuple[torch.Tensor, float]:
+    """LongRoPE (Ding et al., arXiv 2402.13753): a divisor for each pair. As with "dynamic", a KV cache needs one set
+    for all positions: the long one if this engine admits sequences beyond the original context."""
+    original, attention = scaling.original_max_position, scaling.attention_factor
+    if attention is None:
+        attention = math.sqrt(1 + math.log(scaling.factor) / math.log(original)) if scaling.factor > 1 else 1.0
+    factors = scaling.long_factors if max_len > original else scaling.short_factors
+    return inverse / torch.tensor(factors), attention
 
 
 def _yarn(inverse: torch.Tensor, scaling: RopeScaling, dim: int, theta: float) -> tuple[torch.Tensor, float]:

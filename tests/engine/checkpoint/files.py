@@ -57,7 +57,15 @@ def write_gguf(
     kinds: dict[str, str] | None = None,
 ) -> dict[str, np.ndarray]:
     """A GGUF file with random tensors, by the gguf package; kinds: types other than F32. Returns the stored arrays."""
-    metadata = tiny_metadata() if metadata is None else metadata
+    random = np.random.default_rng(0)
+    arrays = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return write_arrays(path, tiny_metadata() if metadata is None else metadata, arrays, kinds)
+
+
+def write_arrays(
+    path: Path, metadata: dict[str, Any], arrays: dict[str, np.ndarray], kinds: dict[str, str] | None = None
+) -> dict[str, np.ndarray]:
+    """The same with the float32 values of `arrays`."""
     writer = GGUFWriter(path, metadata["general.architecture"])
     for key, value in metadata.items():
         if key == "general.architecture":
@@ -72,11 +80,9 @@ def write_gguf(
             writer.add_uint32(key, value)
         else:
             writer.add_array(key, value.tolist() if isinstance(value, np.ndarray) else value)
-    random = np.random.default_rng(0)
     stored = {}
-    for name, shape in shapes.items():
+    for name, values in arrays.items():
         kind = GGMLQuantizationType[(kinds or {}).get(name, "F32")]
-        values = random.normal(size=shape).astype(np.float32)
         stored[name] = quantize(values, kind)
         writer.add_tensor(name, stored[name], raw_dtype=kind)
     writer.write_header_to_file()

@@ -176,6 +176,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral window": {"family": "Mistral", "sliding_window": 24},
     "qwen2": {"family": "Qwen2"},
     "qwen3": {"family": "Qwen3"},
+    "phi3": {"family": "Phi3"},
+    "phi3 window": {"family": "Phi3", "sliding_window": 24},
+    "phi3 partly rotated": {
+        "family": "Phi3",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+    },
+    "granite": {
+        "family": "Granite", "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.03,
+        "logits_scaling": 8.0,
+    },
+    "smollm3": {"family": "SmolLM3", "num_hidden_layers": 4, "no_rope_layer_interval": 2, "layer_types": None},
     "bfloat16": {"dtype": "bfloat16"},
     "float16": {"dtype": "float16"},
 }  # fmt: skip
@@ -196,3 +207,93 @@ def test_random_checkpoints(random_checkpoint: Callable[..., Path], config: dict
     assert (logits_of(core, prompts[-1]) - expected).abs().max() < 1e-3
     for prompt, text in zip(prompts, generate(core, prompts, 24), strict=True):
         check_greedy(oracle, prompt, text, eps=1e-3)
+
+
+LONGROPE: dict[str, Any] = {
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "long_factor": [1.0, 2, 3, 4, 5, 6, 7, 8.5],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("length", "context"), [(48, 64), (96, 512)], ids=["short", "long"])
+@torch.inference_mode()
+def test_longrope_is_chosen_by_the_context(random_checkpoint: Callable[..., Path], length: int, context: int) -> None:
+    """transformers chooses by the length at hand; so the short factors need a context that never exceeds theirs."""
+    import transformers
+
+    folder = random_checkpoint("Phi3", **LONGROPE)
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    core = core_of(folder, max_model_len=context)
+    prompt = torch.randint(2, 512, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = oracle(torch.tensor([prompt])).logits[0].float()
+    assert (logits_of(core, prompt) - expected).abs().max() < 1e-3
+    check_greedy(oracle, prompt, generate(core, [prompt], 12)[0], eps=1e-3)
+
+
+GGUF_PARTS = {
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+GRANITE = {
+    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.03, "logits_scaling": 8.0,
+}  # fmt: skip
+GGUF_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "granite": (
+        "Granite", GRANITE,
+        {"embedding_scale": 12.0, "residual_scale": 0.22, "attention.scale": 0.03, "logit_scale": 8.0},
+    ),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "layer_types": None}, {}),
+    "phi3": (
+        "Phi3", LONGROPE, {"rope.scaling.original_context_length": 64, "rope.scaling.attn_factor": 1.2247449},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", GGUF_FAMILIES)
+@torch.inference_mode()
+def test_gguf_families(random_checkpoint: Callable[..., Path], tmp_path: Path, arch: str) -> None:
+    """The same weights under llama.cpp's names, order of rows and metadata."""
+    import transformers
+
+    from engine.checkpoint import open_checkpoint
+    from tests.engine.checkpoint.files import tiny_metadata, write_arrays
+
+    family, fields, metadata = GGUF_FAMILIES[arch]
+    folder = random_checkpoint(family, **fields)
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = oracle.config
+    arrays = {}
+    for name, parameter in oracle.state_dict().items():
+        values, layer = parameter.clone(), name.removeprefix("model.layers.").partition(".")
+        if arch != "phi3" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            values = values.view(-1, 2, 8, 64).transpose(1, 2).reshape(values.shape)
+        if name.startswith("model.layers."):
+            name = f"blk.{layer[0]}.{GGUF_PARTS[layer[2].removesuffix('.weight')]}.weight"
+        else:
+            tops = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+            name = tops[name.removesuffix(".weight")] + ".weight"
+        arrays[name] = values.numpy()
+    if arch == "phi3":
+        for kind in ("short", "long"):
+            factors = torch.tensor(LONGROPE["rope_parameters"][f"{kind}_factor"])
+            arrays[f"rope_factors_{kind}.weight"] = factors.float().numpy()
+    if config.tie_word_embeddings:
+        arrays.pop("output.weight", None)
+    sizes = {
+        "block_count": config.num_hidden_layers, "context_length": 512, "embedding_length": 64,
+        "feed_forward_length": 160, "attention.head_count": 4, "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": config.rope_parameters["rope_theta"], "attention.key_length": 16,
+    }  # fmt: skip
+    tiny = {key: value for key, value in tiny_metadata(arch).items() if not key.startswith(f"{arch}.")}
+    own = {f"{arch}.{key}": value for key, value in (sizes | metadata).items()}
+    write_arrays(tmp_path / "m.gguf", tiny | own, arrays)
+    checkpoint = open_checkpoint(str(tmp_path / "m.gguf"))
+    core = build_core(EngineOptions(dtype="float32", kv_cache_tokens=1024), checkpoint=checkpoint)[0]
+    prompt = torch.randint(2, 512, (96,), generator=torch.Generator().manual_seed(1)).tolist()
+    assert (logits_of(core, prompt) - oracle(torch.tensor([prompt])).logits[0].float()).abs().max() < 1e-3

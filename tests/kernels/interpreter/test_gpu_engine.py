@@ -163,7 +163,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "Qwen2"},
     "qwen3": {"family": "Qwen3", "tie_word_embeddings": True},
     "window": {"family": "Mistral", "sliding_window": 6},
-}
+    "granite": {
+        "family": "Granite", "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.03,
+        "logits_scaling": 8.0,
+    },
+    "smollm3": {"family": "SmolLM3", "no_rope_layer_interval": 2, "layer_types": None},
+    "phi3": {
+        "family": "Phi3",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES.keys())
