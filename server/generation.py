@@ -53,6 +53,7 @@ class Generation(Response):
         self.asked = asked
         self.shape = shape
         self.prompts = prompts
+        self.made: list[Choice] = []
         self.arrival = time.monotonic()
         self.id = shape.prefix + (asked.request_id or uuid.uuid4().hex)
         self.created = int(time.time())
@@ -71,13 +72,16 @@ class Generation(Response):
         self.info = self.service.check_ready()
         with self.service.admit(self.prompts * self.asked.n):
             work = self.run_stream() if self.stream else self.run_whole()
-            await until_disconnect(receive, work, self.keep_alive if self.stream else None)
+            try:
+                await until_disconnect(receive, work, self.keep_alive if self.stream else None)
+            finally:
+                self.service.recent.add(self)
 
     # Choices
 
     async def choices(self) -> list[Choice]:
         service, asked, info = self.service, self.asked, self.info
-        choices: list[Choice] = []
+        choices = self.made
         for prompt in await service.encode(asked):
             max_tokens = service.max_tokens(asked, len(prompt), info)
             for i in range(asked.n):

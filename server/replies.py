@@ -289,3 +289,40 @@ class Cost(Reply):
     usd: dict[str, float] | None = Field(description="what the bill was for")
     usd_per_million_tokens: dict[str, dict[str, float | None]] | None = Field(description="by basis, then by phase")
     energy: Energy
+
+
+class RecentRequest(Reply):
+    """A request that has ended. Numbers only: its text is nowhere kept."""
+
+    id: str
+    created: int = Field(description="seconds since 1970")
+    object: Literal["chat.completion", "text_completion"]
+    choices: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    finish_reason: FinishReason = Field(description="of several choices: `error` or `abort` if one ended so")
+    seconds: float = Field(description="from its arrival to the end of its reply")
+    time_to_first_token_ms: float | None = Field(description="null without a token")
+    tokens_per_second: float | None
+    cost: float | None = Field(description="US$, direct basis; null without a price, and of one that was ended early")
+
+
+class LiveTokens(Reply):
+    prompt: int
+    generation: int
+
+
+class Live(Reply):
+    """What the page at `/` shows. The tokens of two replies over the difference of their times are a speed."""
+
+    object: Literal["live"]
+    time: float = Field(description="seconds of a clock that only goes forward")
+    ready: bool
+    reason: str | None = Field(description="why it is not ready")
+    model: str
+    max_model_len: int | None
+    load: Load
+    tokens: LiveTokens = Field(description="since the engine's start")
+    cost: Cost | None = Field(description="null before the engine has said anything")
+    requests: list[RecentRequest] = Field(description="the last 50, newest first")

@@ -20,6 +20,7 @@ from server.energy import EnergyMeter
 from server.errors import ApiError
 from server.metrics import Metrics
 from server.protocol import ChatCompletionRequest, CompletionRequest, GenerationBody, Message
+from server.recent import Recent
 from server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Service:
         self.admitted = 0  # completions accepted and not yet answered
         self.choices: set[Choice] = set()  # of these, the ones handed to the engine
         self.energy = EnergyMeter()
+        self.recent = Recent()
         self._price = None if settings.price is None else parse_price(settings.price)
         self.metrics = Metrics(self)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
