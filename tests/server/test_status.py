@@ -25,7 +25,8 @@ def test_models(server: LiveServer) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/health", "/ready", "/version", "/load", "/metrics", "/v1/models", "/v1/cost", "/openapi.json"]
+    "path",
+    ["/health", "/ready", "/version", "/load", "/v1/live", "/", "/metrics", "/v1/models", "/v1/cost", "/openapi.json"],
 )
 def test_get_and_head(server: LiveServer, path: str) -> None:
     assert server.http.get(path).status_code == 200
