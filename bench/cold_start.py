@@ -13,18 +13,16 @@ import http.client
 import json
 import os
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
 from bench import results
+from bench.local_server import free_port, start, stop, wait_ready
 from bench.report import markdown_table, median_and_spread
 
-READY_SECONDS = 300
 SAMPLE_SECONDS = 0.05
 FIRST_TOKEN_TARGET = 8.0  # seconds
 MEMORY_TARGET = 1e9  # bytes
@@ -102,37 +100,11 @@ def complete(port: int, prompt: str, max_tokens: int) -> float:
     return first
 
 
-def wait_ready(port: int, process: subprocess.Popen[bytes]) -> float:
-    """time.monotonic() when /ready answered 200. RuntimeError if the server ends or is not ready in time."""
-    deadline = time.monotonic() + READY_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended with status {process.returncode}")
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        try:
-            connection.request("GET", "/ready")
-            if connection.getresponse().status == 200:
-                return time.monotonic()
-        except OSError:
-            pass
-        finally:
-            connection.close()
-        time.sleep(0.02)
-    raise RuntimeError(f"the server was not ready after {READY_SECONDS} s")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def measure(arguments: list[str]) -> dict[str, float]:
     """One start of `fen serve` with `arguments` added. Seconds and bytes by name. Raises RuntimeError."""
     port = free_port()
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), *arguments]
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(arguments, port)
     watch = MemoryWatch(process.pid)
     watch.start()
     try:
@@ -146,12 +118,7 @@ def measure(arguments: list[str]) -> dict[str, float]:
             thread.join()
     finally:
         watch.stop()
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop(process)
     return {
         "ready_seconds": ready - started,
         "first_token_seconds": first - started,
