@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -14,6 +12,7 @@ from typer.exceptions import TyperException
 
 from engine.errors import FenError
 from engine.messages import EngineOptions, SamplingParams
+from server.bench_cli import bench, check_installation
 from server.flags import SERVER, PriceOption, engine_options, options_of
 from server.settings import ServerSettings
 
@@ -57,12 +56,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure the engine.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
 MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="New tokens at most.")]
 Temperature = Annotated[float, typer.Option(min=0, max=2, metavar="X", help="0 takes the most likely token each time.")]
-Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads; default: torch's own.")]
 TopP = Annotated[
     float, typer.Option(min=0.001, max=1, metavar="X", help="Draw from the likeliest tokens of this total.")
 ]
@@ -76,7 +73,7 @@ def serve(settings: ServerSettings, engine: EngineOptions) -> None:
 
     A model that is not here yet is fetched first.
     """
-    _check_installation()
+    check_installation()
     from server.run import serve
 
     settings.engine = engine
@@ -242,91 +239,9 @@ def version() -> None:
     print(version())
 
 
-@bench.command()
-@engine_options
-def latency(
-    engine: EngineOptions,
-    prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the answer.")] = 128,
-    repetitions: Annotated[int, typer.Option(min=1, metavar="N", help="Of which the median is printed.")] = 5,
-    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the result there, too.")] = None,
-) -> None:
-    """Measure one stream.
-
-    Tokens a second of a prompt (pp512) and of an answer (tg128), as llama-bench has them, beside the limits of this
-    machine, which are measured in the same run.
-    """
-    _check_installation()
-    from bench.latency import run
-
-    run(engine, prompt_tokens, new_tokens, repetitions, json)
-
-
-@bench.command()
-def kernels(
-    only: Annotated[str, typer.Option(metavar="TEXT", help="Only the cases whose name contains this.")] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes.")] = False,
-    flex: Annotated[
-        bool, typer.Option("--flex", help="FlexAttention, too: seconds of compiling for each size.")
-    ] = False,
-    threads: Threads = None,
-    output: Annotated[str | None, typer.Option(metavar="FOLDER", help="Keep JSON, CSV and plots there.")] = None,
-) -> None:
-    """Measure every kernel beside what PyTorch has for the same work.
-
-    On a GPU the Triton kernels; without one the operations of the CPU path. The exit status is 1 if a kernel is wrong.
-    """
-    _check_installation()
-    from bench.kernels import run
-
-    with _refusals():
-        right = run(only, quick, flex, threads, output)
-    raise typer.Exit(0 if right else 1)
-
-
-@bench.command()
-def step(
-    model: Annotated[str, typer.Option(metavar="SHAPE", help="The shape; its weights are random.")] = "smollm2-135m",
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences in the step.")] = 1,
-    context: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that each of them has.")] = 1024,
-    weights: Annotated[str, typer.Option(metavar="FORMAT", help="Q4_1, or on a GPU W4 g128.")] = "Q4_1",
-    threads: Threads = None,
-    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the result there, too.")] = None,
-) -> None:
-    """Measure one decode step, launch by launch, beside the least that its bytes and FLOPs take."""
-    _check_installation()
-    from bench.step import run
-
-    with _refusals():
-        run(model, batch, context, weights, threads, json)
-
-
-@bench.command()
-def tune(
-    only: Annotated[str, typer.Option(metavar="TEXT", help="Only the cases whose name contains this.")] = "",
-) -> None:
-    """Find the fastest tiles on this GPU and keep them for the kernels to use."""
-    _check_installation()
-    from bench.tune import run
-
-    with _refusals():
-        run(only)
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """A benchmark's refusal is a sentence for the user."""
-    from bench.operations import BenchError
-
-    try:
-        yield
-    except BenchError as error:
-        raise FenError(str(error)) from None
-
-
 def _start(engine: EngineOptions, price: str | None = None) -> LocalModel:
     """An engine of one's own, with a progress line on standard error while it loads."""
-    _check_installation()
+    check_installation()
     from rich.console import Console
 
     from bench.prices import parse_price
@@ -335,13 +250,6 @@ def _start(engine: EngineOptions, price: str | None = None) -> LocalModel:
     known = None if price is None else parse_price(price)
     with Console(stderr=True).status(f"loading {engine.model}") as status:
         return LocalModel(engine, lambda stage, fraction: status.update(f"{stage} {fraction:.0%}"), known)
-
-
-def _check_installation() -> None:
-    from server.doctor import installation_problems
-
-    for problem in installation_problems():
-        raise FenError(problem)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,10 @@ TORCH_FREE = [
     "engine/chat.py",
     "engine/detokenizer.py",
     "engine/core/client.py",
+    "bench/serving",
+    "bench/results.py",
+    "bench/prices.py",
+    "bench/local_server.py",
 ]
 
 

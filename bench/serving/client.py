@@ -1,4 +1,4 @@
-"""HTTP/1.1 for a load generator: asyncio streams with h11's framing, connections that are kept, and few instructions for
+"""HTTP/1.1 for a load generator: asyncio streams with h11's framing, connections that are kept, and little work for
 each chunk, because what the client spends is taken for the server's."""
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from bench.serving.datasets import Conversation, Turn
 from bench.serving.client import Client, HttpError, events
+from bench.serving.datasets import Conversation, Turn
 from bench.serving.options import ServeOptions
 
 LAG_SECONDS = 0.05  # how often the client's own lateness is looked at

@@ -1,4 +1,4 @@
-"""The measurement: for each concurrency some runs, each with fresh prompts, between two looks at the server's ledger."""
+"""The measurement: for each concurrency some runs with fresh prompts, between two looks at the server's ledger."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.prices import Price, parse_price
 from bench.serving import bill, metrics
-from bench.serving.datasets import load
 from bench.serving.client import Client, HttpError
+from bench.serving.datasets import load
 from bench.serving.load import Answer, Load
 from bench.serving.options import ServeOptions
 from bench.serving.vocabulary import Vocabulary, open_vocabulary

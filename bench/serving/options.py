@@ -18,6 +18,7 @@ DATASETS = ("random", "sharegpt", "custom", "prefix_repetition", "multi_turn")
 FILES = ("sharegpt", "custom")  # the datasets that are read from --dataset-path
 BACKENDS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 METRICS = ("ttft", "tpot", "itl", "e2el", "client_queue_time", "e2el_including_client_queue")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 OBJECTIVES = ("ttft", "tpot", "e2el")
 
 
@@ -144,9 +145,7 @@ class ServeOptions(msgspec.Struct, kw_only=True):
         except ValueError:
             values = [math.nan]
         if not all(0 <= value <= 100 for value in values):
-            raise FenError(
-                f"--metric-percentiles takes numbers from 0 to 100 with commas, not {self.metric_percentiles!r}."
-            )
+            raise FenError(f"--metric-percentiles takes numbers from 0 to 100, not {self.metric_percentiles!r}.")
         return values
 
     @property
@@ -183,16 +182,7 @@ class ServeOptions(msgspec.Struct, kw_only=True):
     @property
     def body(self) -> dict[str, Any]:
         """Fields of every request besides its prompt and length."""
-        names = (
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "frequency_penalty",
-            "presence_penalty",
-            "repetition_penalty",
-        )
-        fields = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        fields = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
         if self.logprobs is not None:
             fields |= {"logprobs": True, "top_logprobs": self.logprobs} if self.chat else {"logprobs": self.logprobs}
         if self.ignore_eos or (self.ignore_eos is None and self.dataset_name in ("random", "multi_turn")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import random
 import re
 from pathlib import Path
@@ -10,9 +11,6 @@ from engine.checkpoint import Tokenizer, open_checkpoint
 from engine.errors import FenError
 
 WORD = re.compile(rb" [a-z]{2,}")
-COMMON = tuple(
-    ["the", "of", "and", "to", "in", "is", "it", "that", "was", "for", "on", "are", "with", "as", "be", "this", "have", "from", "or", "by", "one", "had", "not", "but", "what", "all", "were", "when", "we", "there", "can", "an", "your", "which", "their", "if", "do", "will", "each", "how", "them", "then", "she", "many", "some", "so", "these", "would", "other", "into", "has", "more", "her", "two", "like", "him", "see", "time", "could", "no", "make", "than", "first", "been", "its", "who", "now", "people", "my", "made", "over", "did", "down", "only", "way", "find", "use"]
-)  # fmt: skip
 
 
 class Vocabulary:
@@ -21,7 +19,8 @@ class Vocabulary:
 
     def __init__(self, name: str | None, tokenizer: Tokenizer | None):
         self.name, self._tokenizer = name, tokenizer
-        self._words = [f" {word}" for word in COMMON]
+        prose = importlib.resources.files("seeds").joinpath("README.md").read_text(encoding="utf-8")
+        self._words = sorted({f" {word}" for word in re.findall("[a-z]{3,}", prose)})
         if tokenizer is not None:
             parts = (tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size))
             words = [part.decode() for part in parts if WORD.fullmatch(part)]

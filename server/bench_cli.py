@@ -1,0 +1,138 @@
+"""The commands `fen bench ...`. What they do is in bench/; here are their options."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from bench.serving.options import ServeOptions
+from engine.errors import FenError
+from engine.messages import EngineOptions
+from server.bench_flags import SERVE, ManyWords
+from server.flags import engine_options, options_of
+
+bench = typer.Typer(help="Measure the engine.", no_args_is_help=True, rich_markup_mode=None)
+
+Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads; default: torch's own.")]
+
+
+def check_installation() -> None:
+    """Raises FenError where a library is missing or too old."""
+    from server.doctor import installation_problems
+
+    for problem in installation_problems():
+        raise FenError(problem)
+
+
+@bench.command(cls=ManyWords)
+@options_of(ServeOptions, SERVE)
+def serve(options: ServeOptions) -> None:
+    """Put load on any server that speaks the OpenAI API, and measure it.
+
+    Options, metrics and output are those of `vllm bench serve`; below its block stand US$ per million tokens,
+    utilisation and energy, from the server's ledger where it is a Fen. Ctrl-C keeps what was measured.
+    """
+    from bench.serving.command import run
+
+    raise typer.Exit(run(options))
+
+
+@bench.command(cls=ManyWords)
+@options_of(ServeOptions, SERVE)
+def sweep(
+    options: ServeOptions,
+    output: Annotated[str, typer.Option(metavar="FOLDER", help="Where sweep.json and the plots go.")] = "sweep",
+) -> None:
+    """Measure a server at several concurrencies: speed and cost for each user against the whole.
+
+    Tokens a second of the device, and US$ per million tokens, against tokens a second of one user. The options are
+    those of `fen bench serve`; without --max-concurrency it takes 1, 2, 4, 8 and 16.
+    """
+    from bench.serving.sweep import run
+
+    raise typer.Exit(run(options, output))
+
+
+@bench.command()
+@engine_options
+def latency(
+    engine: EngineOptions,
+    prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the answer.")] = 128,
+    repetitions: Annotated[int, typer.Option(min=1, metavar="N", help="Of which the median is printed.")] = 5,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the result there, too.")] = None,
+) -> None:
+    """Measure one stream.
+
+    Tokens a second of a prompt (pp512) and of an answer (tg128), as llama-bench has them, beside the limits of this
+    machine, which are measured in the same run.
+    """
+    check_installation()
+    from bench.latency import run
+
+    run(engine, prompt_tokens, new_tokens, repetitions, json)
+
+
+@bench.command()
+def kernels(
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Only the cases whose name contains this.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes.")] = False,
+    flex: Annotated[
+        bool, typer.Option("--flex", help="FlexAttention, too: seconds of compiling for each size.")
+    ] = False,
+    threads: Threads = None,
+    output: Annotated[str | None, typer.Option(metavar="FOLDER", help="Keep JSON, CSV and plots there.")] = None,
+) -> None:
+    """Measure every kernel beside what PyTorch has for the same work.
+
+    On a GPU the Triton kernels; without one the operations of the CPU path. The exit status is 1 if a kernel is wrong.
+    """
+    check_installation()
+    from bench.kernels import run
+
+    with _refusals():
+        right = run(only, quick, flex, threads, output)
+    raise typer.Exit(0 if right else 1)
+
+
+@bench.command()
+def step(
+    model: Annotated[str, typer.Option(metavar="SHAPE", help="The shape; its weights are random.")] = "smollm2-135m",
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences in the step.")] = 1,
+    context: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that each of them has.")] = 1024,
+    weights: Annotated[str, typer.Option(metavar="FORMAT", help="Q4_1, or on a GPU W4 g128.")] = "Q4_1",
+    threads: Threads = None,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the result there, too.")] = None,
+) -> None:
+    """Measure one decode step, launch by launch, beside the least that its bytes and FLOPs take."""
+    check_installation()
+    from bench.step import run
+
+    with _refusals():
+        run(model, batch, context, weights, threads, json)
+
+
+@bench.command()
+def tune(
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Only the cases whose name contains this.")] = "",
+) -> None:
+    """Find the fastest tiles on this GPU and keep them for the kernels to use."""
+    check_installation()
+    from bench.tune import run
+
+    with _refusals():
+        run(only)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """A benchmark's refusal is a sentence for the user."""
+    from bench.operations import BenchError
+
+    try:
+        yield
+    except BenchError as error:
+        raise FenError(str(error)) from None
