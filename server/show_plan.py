@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 import seeds
+from bench.prices import Price, parse_price, usd
 from engine.checkpoint import Checkpoint, open_checkpoint, pull
 from engine.checkpoint.dummy import SHAPES
 from engine.errors import FenError
 from engine.messages import EngineOptions
 from engine.planner import GIB, WEIGHTS, Machine, Plan, check_fit, plan
-from server.cost import Price, parse_price, usd
 
 GPU_SHARE = 0.9  # of a GPU's memory, as --gpu-memory-utilization
 NOTE = "Another model's price says nothing about quality."
