@@ -1,5 +1,7 @@
 """Errors that reach a user: each message is one sentence that says what is wrong and what is allowed."""
 
+import errno
+
 
 class FenError(Exception):
     """Base of every error whose message is written for the user. The command line prints it without a traceback."""
@@ -27,3 +29,9 @@ class RequestError(FenError):
 
 class EngineDeadError(FenError):
     """The engine process ended while the request was in flight; becomes HTTP 503."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the system or the device had no memory to give, as Python, the system or PyTorch say it."""
+    kinds = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+    return kinds or getattr(error, "errno", None) == errno.ENOMEM or "can't allocate memory" in str(error)

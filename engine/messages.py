@@ -178,8 +178,9 @@ class Outputs(msgspec.Struct, tag=True, frozen=True):
 class Heartbeat(msgspec.Struct, tag=True, frozen=True):
     """Sent about once a second while the process lives, by a thread beside the loop: a long step does not stop it."""
 
-    state: str  # "loading" | "idle" | "busy"
-    step_seconds: float = 0.0  # how long the step under way has been running; 0 unless busy
+    state: str  # "loading" | "idle" | "busy", or what a step does first: "compiling" | "capturing"
+    step_seconds: float = 0.0  # how long the step under way has been running
+    forecast: float = 0.0  # and how long it should take
     stats: EngineStats = msgspec.field(default_factory=EngineStats)
 
 

@@ -258,6 +258,7 @@ class Version(Reply):
 
 class Load(Reply):
     server_load: int = Field(description="completions accepted and not yet answered")
+    engine: str = Field(description="loading, idle, busy, compiling or capturing, as of its last heartbeat")
     running: int
     waiting: int
     kv_cache_usage: float = Field(description="0 to 1")

@@ -73,6 +73,7 @@ async def load(request: Request) -> Load:
     stats = service.client.stats
     return Load(
         server_load=service.admitted,
+        engine=service.client.activity,
         running=stats.running,
         waiting=service.waiting,
         kv_cache_usage=stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0,

@@ -23,9 +23,12 @@ from engine.errors import EngineDeadError, RequestError
 from engine.ledger import Ledger, ended, joined
 from engine.messages import EngineInfo, EngineOptions, EngineStats, Output, Request
 
-MAX_FAILURES = 3  # starts in a row that served nothing, after which the engine is given up
-PROVEN_SECONDS = 60.0  # an engine that lived this long, or answered a request, did not fail to start
-SILENCE_SECONDS = 10.0  # without a heartbeat for this long the engine is not healthy
+MAX_FAILURES = 3  # starts in a row that did not become ready, after which the engine is given up
+# A step that takes longer than both hangs, and so does a process that says nothing for so long. A little less than what
+# is promised, five seconds and ten times the forecast: /health has to have turned by then.
+STEP_SECONDS = 4.5
+STEP_FORECASTS = 9.0
+PREPARING_SECONDS = 600.0  # for compiling kernels and capturing graphs
 COUNTERS = ("prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "steps")
 
 OnLoading = Callable[[str, float], None]
@@ -48,11 +51,10 @@ class _Process:
         self.inbox.bind(f"ipc://{self.directory}/from_engine")
         self.outbox.connect(f"ipc://{self.directory}/to_engine")  # who connects may send before the other side is there
         self.child: asyncio.subprocess.Process | None = None
-        self.started = time.monotonic()
-        self.heard = self.started  # when the last message came
+        self.heard = time.monotonic()  # when the last message came
         self.step_seconds = 0.0  # as of then
+        self.limit = STEP_SECONDS  # of the step under way, or of silence
         self.ready = False
-        self.proven = False  # it finished a request
         self.failure: str | None = None  # its own last words, or why it was killed
 
     async def spawn(self) -> None:
@@ -71,10 +73,9 @@ class _Process:
         with contextlib.suppress(zmq.ZMQError):  # closed: the process ended, the supervisor fails its requests
             self.outbox.send(messages.encode(message), zmq.NOBLOCK)
 
-    def stalled_seconds(self) -> float:
-        """How long the step under way has been running, or the process has been silent."""
-        silent = time.monotonic() - self.heard
-        return self.step_seconds + silent if self.step_seconds else silent
+    def hangs(self) -> bool:
+        """Whether the step under way has been running, or the process has been silent, for too long."""
+        return self.step_seconds + time.monotonic() - self.heard > self.limit
 
     def kill(self, why: str) -> None:
         if self.child is not None and self.child.returncode is None:
@@ -105,7 +106,8 @@ class EngineClient:
     """An engine in a process of its own, for asyncio. `info` is set once it is ready, `stats` is at most a second old.
 
     state: "loading" | "ready" | "restarting" | "draining" | "dead"; `reason` says why it is not "ready".
-    step_limit: seconds after which a step, or a process that says nothing, counts as hung, and the process is replaced.
+    step_limit: seconds after which a step, or a process that says nothing, counts as hung, and the process is replaced;
+    more where the step's own forecast says so.
     environment: variables that the engine process gets on top of this one's.
     """
 
@@ -114,7 +116,7 @@ class EngineClient:
         options: EngineOptions,
         *,
         environment: Mapping[str, str] | None = None,
-        step_limit: float = 120.0,
+        step_limit: float = STEP_SECONDS,
         grace: float = 5.0,
         command: Sequence[str] = (sys.executable, "-P", "-m", "engine.core.process"),
     ):
@@ -123,6 +125,7 @@ class EngineClient:
         self.state = "loading"
         self.reason = "the engine is starting"
         self.restarts = 0
+        self.activity = "loading"  # the state of the engine's last heartbeat
         self._environment = dict(environment or {})
         self._command = command
         self._step_limit = step_limit
@@ -201,9 +204,8 @@ class EngineClient:
         """(can serve now, why not)"""
         if self.state != "ready" or self._process is None:
             return False, self.reason
-        silent = time.monotonic() - self._process.heard
-        if silent > SILENCE_SECONDS:
-            return False, f"the engine has not been heard from for {silent:.0f} s"
+        if self._process.hangs():
+            return False, f"the engine has made no progress for {self._process.limit:.3g} s; it is being replaced"
         return True, ""
 
     async def drain(self, timeout: float) -> bool:
@@ -233,15 +235,7 @@ class EngineClient:
         assert self._started is not None
         failures = 0
         while True:
-            process = _Process(self._command, self.options, self._environment)
-            try:
-                await self._watch(process)
-            except OSError as error:
-                process.failure = f"the engine process cannot be started: {error}"
-            finally:
-                self._process = None
-                await process.close()
-            reason = process.last_words()
+            reason, ready = await self._life()
             kind = "startup" if self._stats.ledger is None else "aborted" if self._queues else "idle"
             self._fail_requests(f"{reason}; the request was not finished")
             self._past = _add_totals(self._stats, self._past)
@@ -249,7 +243,7 @@ class EngineClient:
             self._stats = EngineStats()
             if self.state == "draining":
                 return
-            failures = 1 if process.proven or time.monotonic() - process.started > PROVEN_SECONDS else failures + 1
+            failures = 1 if ready else failures + 1
             if not self._started.done():
                 self.state, self.reason = "dead", reason
                 self._started.set_exception(EngineDeadError(reason))
@@ -262,6 +256,20 @@ class EngineClient:
             self.restarts += 1
             await asyncio.sleep(0.5 * 2 ** (failures - 1))
 
+    async def _life(self) -> tuple[str, bool]:
+        """One process from start to end: why it ended, and whether it was ever ready."""
+        process: _Process | None = None
+        try:
+            process = _Process(self._command, self.options, self._environment)
+            await self._watch(process)
+        except OSError as error:
+            return f"the engine process cannot be started: {error}", False
+        finally:
+            self._process = None
+            if process is not None:
+                await process.close()
+        return process.last_words(), process.ready
+
     async def _watch(self, process: _Process) -> None:
         """Serves one process from start to end."""
         await process.spawn()
@@ -271,11 +279,14 @@ class EngineClient:
         receiver = asyncio.create_task(self._receive(process))
         try:
             while not exited.done():
-                await asyncio.wait({exited, receiver}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+                asleep = time.monotonic()
+                await asyncio.wait({exited, receiver}, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
+                if time.monotonic() - asleep > 2.0:  # it is this process that was stopped or starved
+                    process.heard = time.monotonic()
                 if receiver.done() and not exited.done():
                     process.kill(f"a message of the engine process cannot be read ({receiver.exception()})")
-                elif process.ready and process.stalled_seconds() > self._step_limit:
-                    process.kill(f"a step of the engine took longer than {self._step_limit:g} s and was ended")
+                elif process.ready and process.hangs():
+                    process.kill(f"the engine made no progress for {process.limit:.3g} s and was ended")
                     await exited
             await asyncio.wait({receiver}, timeout=0.2)  # what it sent before it ended
         finally:
@@ -291,11 +302,12 @@ class EngineClient:
                 case messages.Outputs(outputs, stats):
                     self._stats = stats
                     for output in outputs:
-                        if output.finish_reason is not None:
-                            process.proven = True
                         self._deliver(output.id, output)
-                case messages.Heartbeat(state=state, step_seconds=seconds, stats=stats):
-                    process.step_seconds = seconds
+                case messages.Heartbeat(state=state, step_seconds=seconds, forecast=forecast, stats=stats):
+                    process.step_seconds, self.activity = seconds, state
+                    process.limit = max(self._step_limit, STEP_FORECASTS * forecast)
+                    if state in ("compiling", "capturing"):
+                        process.limit = PREPARING_SECONDS
                     if state != "loading" and _age(stats) >= _age(self._stats):  # else an Outputs has overtaken it
                         self._stats = stats
                 case messages.Refused(id, text, param, code):
@@ -303,7 +315,7 @@ class EngineClient:
                 case messages.Loading(stage, fraction):
                     self._loading(stage, fraction)
                 case messages.Ready(info):
-                    process.ready = True
+                    process.ready, process.limit = True, self._step_limit
                     self.info = info
                     if self.state != "draining":
                         self.state, self.reason = "ready", ""

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
 
 from engine.checkpoint import Checkpoint
 from engine.core.runner import (
@@ -84,6 +85,8 @@ class GpuRunner:
     """One model on a GPU, and its KV cache. `on_progress(stage, fraction)` follows the loading."""
 
     depth = 1
+    fatal = (torch.AcceleratorError,)
+    preparing = ""
     contiguous = False
 
     def __init__(
@@ -123,6 +126,8 @@ class GpuRunner:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._seen: set[int] = set()  # batch sizes that have run
         self._use_graphs = self._cuda and not options.enforce_eager
+        triton.knobs.runtime.jit_cache_hook = lambda **_: self._prepare("compiling")
+        triton.knobs.runtime.jit_post_compile_hook = lambda **_: self._prepare("")
         self._pool = torch.cuda.graph_pool_handle() if self._use_graphs else None
 
         self.max_model_len = options.max_model_len or config.max_position
@@ -158,6 +163,7 @@ class GpuRunner:
 
     @torch.inference_mode()
     def launch(self, schedule: Schedule) -> _Launched:
+        self._prepare("")  # what failed is over
         chunks = schedule.chunks
         runs = [self._run(chunk.sequence) for chunk in chunks]
         scored = [chunk for chunk in chunks if _is_scored(chunk)]
@@ -344,8 +350,10 @@ class GpuRunner:
             self._seen.add(size)
             return None
         graph = torch.cuda.CUDAGraph()
+        self._prepare("capturing")
         with torch.cuda.graph(graph, pool=self._pool):
             logits = compute()
+        self._prepare("")
         self._graphs[size] = graph, logits
         return self._graphs[size]
 
@@ -451,6 +459,9 @@ class GpuRunner:
             return now - seconds, seconds
         event, at = self._anchor
         return at + event.elapsed_time(handle.started) / 1000, seconds
+
+    def _prepare(self, what: str) -> None:
+        self.preparing = what
 
     def _synchronize(self) -> None:
         if self._cuda:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -9,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from engine.core.step import StepResult, StepRunner
-from engine.errors import FenError
+from engine.errors import FenError, is_out_of_memory
 from engine.ledger import Ledger
 from engine.messages import EngineStats, Output, Request, TokenLogprob
-from engine.scheduling.scheduler import Schedule, Scheduler
+from engine.scheduling.scheduler import Chunk, Schedule, Scheduler
 from engine.scheduling.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,8 @@ class EngineCore:
         self.scheduler = scheduler
         self.clock = clock
         self.ledger = Ledger(clock())  # build_core gives it one that is calibrated
-        self._in_flight: deque[tuple[Schedule, float, Any]] = deque()  # with the time of the launch
+        self.forecast = 0.0  # seconds that the step under way should take
+        self._in_flight: deque[tuple[Schedule, float, Any]] = deque()  # with the time of the launch, and its handle
         self._outputs: list[Output] = []  # to be returned by step()
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}  # of requests that ask for them, until sent
 
@@ -57,6 +59,11 @@ class EngineCore:
         """False when step() would have nothing to do."""
         return bool(self._outputs or self._in_flight or self.scheduler.has_work)
 
+    @property
+    def preparing(self) -> str:
+        """As the runner's."""
+        return self.runner.preparing
+
     def stats(self) -> EngineStats:
         if not self._in_flight:
             self.ledger.advance(self.clock())
@@ -70,7 +77,7 @@ class EngineCore:
         if schedule is not None:
             self._launch(schedule)
         if self._in_flight and (schedule is None or len(self._in_flight) > self.runner.depth):
-            self._finish(*self._in_flight.popleft())
+            self._finish()
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -81,22 +88,41 @@ class EngineCore:
         for chunk in schedule.chunks:
             if chunk.sequence.first_scheduled is None:
                 chunk.sequence.first_scheduled = now
+        self.forecast = self.ledger.forecast(schedule.chunks)
+        launched = self.clock()
         try:
-            launched = self.clock()
             self._in_flight.append((schedule, launched, self.runner.launch(schedule)))
+        except self.runner.fatal:
+            raise
         except Exception as error:
-            self._fail_step(schedule, error)
+            self._in_flight.append((schedule, launched, error))
+            while self._in_flight:  # the next launch would build on what this one did not give
+                self._finish()
 
-    def _finish(self, schedule: Schedule, started: float, handle: Any) -> None:
+    def _finish(self) -> None:
+        schedule, started, handle = self._in_flight.popleft()
         try:
-            result: StepResult = self.runner.finish(handle)
-            stopped = self.clock()
+            result = self._result(handle)
+        except self.runner.fatal:
+            raise
         except Exception as error:
-            self._fail_step(schedule, error)
+            self._recover(schedule, error)
             return
+        self._account(schedule.chunks, started, result)
+        self._take(schedule, result)
+
+    def _result(self, handle: Any) -> StepResult:
+        if isinstance(handle, Exception):
+            raise handle
+        return self.runner.finish(handle)
+
+    def _account(self, chunks: list[Chunk], started: float, result: StepResult) -> None:
+        stopped = self.clock()
         if result.started is not None:
             started, stopped = result.started, result.started + result.seconds
-        self.ledger.step(schedule.chunks, started, stopped, result.seconds, result.padded)
+        self.ledger.step(chunks, started, stopped, result.seconds, result.padded)
+
+    def _take(self, schedule: Schedule, result: StepResult) -> None:
         for chunk in schedule.chunks:
             if chunk.stale:
                 continue
@@ -111,6 +137,44 @@ class EngineCore:
             self._outputs.append(self._output(sequence, token, result))
             if sequence.finish_reason:
                 self._close(sequence)
+
+    def _recover(self, schedule: Schedule, error: Exception) -> None:
+        """A step went wrong. It is computed once more, and so are those launched after it, which build on it."""
+        logger.error("a step of %d tokens failed", schedule.num_tokens, exc_info=error)
+        later = list(self._in_flight)
+        self._in_flight.clear()
+        for step, started, handle in later:
+            with contextlib.suppress(Exception):  # the device is done with it, its time was spent
+                self._account(step.chunks, started, self._result(handle))
+        for step in (schedule, *(step for step, _, _ in later)):
+            result = StepResult({})
+            self._again([chunk for chunk in step.chunks if not chunk.stale], result)
+            self._take(step, result)
+
+    def _again(self, chunks: list[Chunk], result: StepResult) -> None:
+        """Computes chunks of a step that failed; if that fails too, in halves, until those at fault are alone."""
+        if not chunks:
+            return
+        for chunk in chunks:
+            self.runner.release(chunk.sequence)  # what is kept for it may be half of that step
+        decodes = sum(chunk.length == 1 for chunk in chunks)
+        self.forecast += self.ledger.forecast(chunks)
+        started = self.clock()
+        try:
+            part = Schedule(chunks, decodes, sum(chunk.length for chunk in chunks), [], set())
+            given = self.runner.finish(self.runner.launch(part))
+        except self.runner.fatal:
+            raise
+        except Exception as error:
+            if len(chunks) == 1:
+                self._fail(chunks[0].sequence, _sentence(error))
+            else:
+                self._again(chunks[: len(chunks) // 2], result)
+                self._again(chunks[len(chunks) // 2 :], result)
+            return
+        self._account(chunks, started, given)
+        for name in ("tokens", "logprobs", "prompt_logprobs", "errors"):
+            getattr(result, name).update(getattr(given, name))
 
     def _output(self, sequence: Sequence, token: int | None, result: StepResult) -> Output:
         output = Output(
@@ -133,16 +197,6 @@ class EngineCore:
                 output.queue_seconds = sequence.first_scheduled - sequence.request.arrival
         return output
 
-    def _fail_step(self, schedule: Schedule, error: Exception) -> None:
-        """A whole step went wrong: its requests fail, the others and the engine go on."""
-        logger.error("a step of %d tokens failed", schedule.num_tokens, exc_info=error)
-        known = isinstance(error, FenError)
-        message = str(error) if known else "The engine failed while computing this request; its log has the details."
-        for chunk in schedule.chunks:
-            if not chunk.stale:
-                self._fail(chunk.sequence, message)
-        self.scheduler.finish(schedule, {})
-
     def _fail(self, sequence: Sequence, message: str) -> None:
         self.scheduler.fail(sequence)
         self._close(sequence)
@@ -155,3 +209,12 @@ class EngineCore:
             self.ledger.runnable(self.clock(), False)
         self._prompt_logprobs.pop(sequence.id, None)
         self.runner.release(sequence)
+
+
+def _sentence(error: Exception) -> str:
+    """What the user is told; the log has the rest."""
+    if isinstance(error, FenError):
+        return str(error)
+    if is_out_of_memory(error):
+        return "The engine ran out of memory while computing this request; try again later, or with a shorter prompt."
+    return "The engine failed while computing this request; its log has the details."

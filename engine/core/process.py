@@ -24,11 +24,12 @@ import msgspec
 import zmq
 
 from engine import messages
-from engine.errors import FenError, RequestError
+from engine.errors import FenError, RequestError, is_out_of_memory
 from engine.messages import EngineInfo, EngineOptions, EngineStats, Output, Request, encode
 
 HEARTBEAT_SECONDS = 1.0
 FLUSH_MILLISECONDS = 2000  # how long the last message may take to leave
+NO_MEMORY = "there is not enough memory for this engine; choose a smaller model or a smaller --kv-cache-tokens"
 
 
 class Core(Protocol):
@@ -36,6 +37,10 @@ class Core(Protocol):
 
     @property
     def has_work(self) -> bool: ...
+    @property
+    def preparing(self) -> str: ...
+    @property
+    def forecast(self) -> float: ...
     def add(self, request: Request) -> object: ...
     def cancel(self, ids: list[str]) -> object: ...
     def finish(self, id: str, tokens: int, device_seconds: dict[str, float]) -> object: ...
@@ -52,16 +57,17 @@ class Status:
 
     def __init__(self) -> None:
         self.stats = EngineStats()
-        self.loading = True
+        self.core: Core | None = None  # until then it is loading
         self.step_started: float | None = None
 
     def heartbeat(self) -> messages.Heartbeat:
-        started = self.step_started
-        if self.loading:
+        started, core = self.step_started, self.core
+        if core is None:
             return messages.Heartbeat(state="loading")
         if started is None:
             return messages.Heartbeat(state="idle", stats=self.stats)
-        return messages.Heartbeat(state="busy", step_seconds=time.monotonic() - started, stats=self.stats)
+        state = core.preparing or "busy"
+        return messages.Heartbeat(state, time.monotonic() - started, core.forecast, self.stats)
 
 
 def beat(directory: str, status: Status) -> None:
@@ -120,16 +126,18 @@ def run(directory: str, build: Build) -> int:
     code = 0
     try:
         core, info = build(options, lambda stage, fraction: outbox.send(encode(messages.Loading(stage, fraction))))
-        status.loading = False
+        status.core = core
         outbox.send(encode(messages.Ready(info)))
         serve(core, inbox, outbox, status)
     except FenError as error:
         outbox.send(encode(messages.Failed(str(error))))
         code = 1
     except Exception as error:
-        traceback.print_exc()  # for the log; the user gets the sentence
         detail = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        outbox.send(encode(messages.Failed(f"the engine stopped on an internal error ({detail})")))
+        sentence = NO_MEMORY if is_out_of_memory(error) else f"the engine stopped on an internal error ({detail})"
+        outbox.send(encode(messages.Failed(sentence)))
+        with contextlib.suppress(OSError):  # a full disk
+            traceback.print_exc()  # for the log; the user gets the sentence
         code = 1
     context.destroy(linger=FLUSH_MILLISECONDS)
     return code
@@ -145,5 +153,6 @@ def _build(options: EngineOptions, progress: Progress) -> tuple[Core, EngineInfo
 
 if __name__ == "__main__":
     exit_code = run(sys.argv[1], _build)
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     os._exit(exit_code)  # no interpreter teardown: the heartbeat thread is still in its socket

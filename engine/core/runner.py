@@ -33,6 +33,8 @@ class Runner:
     """One model on the CPU, and its KV cache. `on_progress(stage, fraction)` follows the loading."""
 
     depth = 0
+    fatal: tuple[type[Exception], ...] = ()
+    preparing = ""
     contiguous = True
 
     def __init__(

@@ -38,6 +38,14 @@ class StepRunner(Protocol):
     def depth(self) -> int:
         """Steps that may stay in flight while the host goes on: 0 finishes each step at once."""
 
+    @property
+    def fatal(self) -> tuple[type[Exception], ...]:
+        """Exceptions after which the device computes nothing more."""
+
+    @property
+    def preparing(self) -> str:
+        """What launches do once and may take long over: "compiling", "capturing"; "" while they do nothing of it."""
+
     def launch(self, schedule: Schedule) -> Any:
         """Starts a step and returns a handle for `finish`."""
 
@@ -45,7 +53,8 @@ class StepRunner(Protocol):
         """Waits for a launched step."""
 
     def release(self, sequence: Sequence) -> None:
-        """The sequence ended or was preempted: forget what is kept for it. A launched step may still compute it.
+        """The sequence ended, was preempted or is launched anew: forget what is kept for it. A launched step may still
+        compute it.
 
         Called once or more, also for a sequence that was never launched.
         """

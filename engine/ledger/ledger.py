@@ -44,6 +44,11 @@ class Ledger:
                 self.seconds["host" if self._runnable else "idle"] += until - self.end
             self.end = until
 
+    def forecast(self, chunks: list[Chunk]) -> float:
+        """Seconds that a step should take."""
+        attention = sum(self.roofline.attention(chunk.start, chunk.length) for chunk in chunks)
+        return self.roofline.linear(sum(chunk.length for chunk in chunks)) + attention
+
     def step(self, chunks: list[Chunk], started: float, stopped: float, seconds: float, padded: int = 0) -> None:
         """A step was on the device from `started` to `stopped`, and took `seconds` by the device's own timer.
 

@@ -83,6 +83,13 @@ class BlockPool:
             self._cached[hash] = block
             self._hashes[block] = hash
 
+    def forget(self, blocks: list[int]) -> None:
+        """Takes used blocks out of the cache."""
+        for block in blocks:
+            if (content := self._hashes[block]) is not None:
+                del self._cached[content]
+                self._hashes[block] = None
+
     def release(self, blocks: list[int]) -> None:
         """One user fewer for each block of a sequence, given in the order of its block table.
 

@@ -151,8 +151,9 @@ class Scheduler:
         return sequence
 
     def fail(self, sequence: Sequence) -> None:
-        """Ends a sequence whose computation went wrong, as "error"."""
+        """Ends a sequence whose computation went wrong, as "error". Nobody finds its KV, which may be why."""
         if sequence.state is not State.FINISHED:
+            self.pool.forget(sequence.blocks)
             self._end(sequence, "error")
 
     @property
@@ -192,8 +193,8 @@ class Scheduler:
         """Takes the sampled tokens (by request id) of a step that the device has done; steps finish in order.
 
         Returns each sequence that got a token or ended, with the token; None where the end came without one
-        (max_tokens 0). Sequences that have ended are no longer held. A step that failed as a whole is finished too,
-        after `fail` of its sequences.
+        (max_tokens 0). Sequences that have ended are no longer held. Those of a step that went wrong are ended by
+        `fail` before.
         """
         self._in_flight.remove(step)
         results: list[tuple[Sequence, int | None]] = []

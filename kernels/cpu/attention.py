@@ -9,6 +9,7 @@ view. One whose blocks are scattered is gathered first, a copy of its KV per lay
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,8 @@ class Attention:
         out = torch.empty(tokens, heads, dim, dtype=q.dtype)
         for i, span in enumerate(self._spans):
             k, v = (x.to(q.dtype) for x in self._kv(i, layer))
+            if self._invariant:
+                k, v = _bounded(k, v, span.length)
             x = q.narrow(0, span.row, span.rows).transpose(0, 1).unsqueeze(0)
             mask = self._masks[i]
             if mask is None:
@@ -154,6 +157,14 @@ def _chunk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     past, past_lse = flash(grouped, k[:, :, :context], v[:, :, :context])
     weight = torch.sigmoid(diagonal_lse - past_lse.reshape(diagonal_lse.shape)).unsqueeze(-1).to(q.dtype)
     return torch.lerp(past.reshape(q.shape), diagonal, weight)
+
+
+def _bounded(k: torch.Tensor, v: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values from `length` on are masked and may be another sequence's; NaN would come through the mask."""
+    if math.isfinite(k[:, :, length:].sum() + v[:, :, length:].sum()):
+        return k, v
+    padding = (0, 0, 0, k.shape[2] - length)
+    return F.pad(k[:, :, :length], padding), F.pad(v[:, :, :length], padding)
 
 
 def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import msgspec
@@ -38,11 +38,11 @@ READY_SECONDS = 120
 class LiveServer:
     """A server process; `http` is a client for it. `prelude`: Python run in it first."""
 
-    def __init__(self, settings: ServerSettings, wait: bool = True, prelude: str = ""):
+    def __init__(self, settings: ServerSettings, wait: bool = True, prelude: str = "", log: IO[bytes] | None = None):
         self.settings = settings
         self.url = f"http://127.0.0.1:{settings.port}"
         command = [sys.executable, "-c", prelude + LAUNCH, msgspec.json.encode(settings).decode()]
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+        self.log = log or tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         self.process = subprocess.Popen(command, stderr=self.log)
         self.http = httpx.Client(base_url=self.url, timeout=60, event_hooks={"response": [check_reply]})
         if wait:

@@ -26,6 +26,7 @@ class ScriptedEngine:
     def __init__(self, *script: Output | Exception):
         self.script = script
         self.info, self.stats, self.state, self.silence = INFO, EngineStats(), "ready", ""
+        self.activity = "idle"
 
     async def start(self) -> None: ...
     async def stop(self) -> None: ...

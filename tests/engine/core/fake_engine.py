@@ -34,6 +34,9 @@ INFO = EngineInfo(
 
 
 class FakeCore:
+    preparing = ""
+    forecast = 0.0
+
     def __init__(self) -> None:
         self.requests: dict[str, Request] = {}
         self.given: dict[str, int] = {}

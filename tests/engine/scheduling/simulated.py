@@ -79,6 +79,9 @@ class SimulatedRunner:
         self.schedules: list[Schedule] = []
         self.released: list[str] = []
         self.break_launch = self.break_finish = False
+        self.raising_ids: set[str] = set()  # whoever computes these raises
+        self.fatal: tuple[type[Exception], ...] = ()
+        self.preparing = ""
         self.broken_ids: set[str] = set()
 
     def launch(self, schedule: Schedule) -> Launched:
@@ -87,6 +90,8 @@ class SimulatedRunner:
             self.break_launch = False
             raise RuntimeError("launch is broken")
         self._check(schedule)
+        if any(chunk.sequence.id in self.raising_ids for chunk in schedule.chunks):
+            raise RuntimeError("one sequence is broken")
         result = StepResult({}, seconds=self.seconds)
         for chunk in schedule.chunks:
             self._write(chunk)
@@ -114,6 +119,8 @@ class SimulatedRunner:
             sequence, end = chunk.sequence, chunk.start + chunk.length
             assert not chunk.stale
             assert chunk.length >= 1
+            if end < sequence.num_computed:
+                continue  # a step that failed when the next one was launched already, and is computed again
             assert end == sequence.num_computed <= sequence.max_computed
             assert len(set(sequence.blocks)) == len(sequence.blocks) == -(-end // self.block_size) or (
                 end < len(sequence.tokens)  # a partly computed prompt holds the blocks of the rest too
