@@ -4,24 +4,26 @@ VENV := .venv
 PY := $(VENV)/bin/python
 RUN_TIME := $(VENV)/installed-run-time
 DEV := $(VENV)/installed-dev
+CLIENTS := .venv-clients
 # On a terminal pip shows its progress; in CI only what goes wrong.
 PIP_INSTALL := $(PY) -m pip install $(if $(CI),--quiet) --disable-pip-version-check --constraint constraints.txt --editable
 
 # A GPU's price is found by its name.
 CPU_PRICE = $(if $(shell command -v nvidia-smi),,cpu-4vcpu)
 
-.PHONY: help serve test lint format bench-cpu clean
+.PHONY: help serve test test-clients lint format bench-cpu clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make serve      install into .venv and serve a model on http://127.0.0.1:8000"
-	@echo "                MODEL=name-or-path  PORT=8000  ARGS='--dtype float32 --max-num-seqs 16'"
-	@echo "                PRICE=cpu-4vcpu  what the device costs: a name of seeds/prices.toml, or US$$ an hour"
-	@echo "make test       every test that this machine can run; ARGS='-k scheduler' narrows it"
-	@echo "make lint       ruff, mypy, and the number of lines of engine/ and kernels/"
-	@echo "make format     let ruff rewrite the files"
-	@echo "make bench-cpu  this engine beside llama.cpp and transformers, on this CPU"
-	@echo "make clean      remove .venv and every cache"
+	@echo "make serve         install into .venv and serve a model on http://127.0.0.1:8000"
+	@echo "                   MODEL=name-or-path  PORT=8000  ARGS='--dtype float32 --max-num-seqs 16'"
+	@echo "                   PRICE=cpu-4vcpu  what the device costs: a name of seeds/prices.toml, or US$$ an hour"
+	@echo "make test          every test that this machine can run; ARGS='-k scheduler' narrows it"
+	@echo "make test-clients  real clients against a live server; they are installed into .venv-clients"
+	@echo "make lint          ruff, mypy, and the number of lines of engine/ and kernels/"
+	@echo "make format        let ruff rewrite the files"
+	@echo "make bench-cpu     this engine beside llama.cpp and transformers, on this CPU"
+	@echo "make clean         remove the environments and every cache"
 
 serve: $(RUN_TIME)
 	@exec $(VENV)/bin/fen serve $(if $(MODEL),--model "$(MODEL)") $(if $(PORT),--port $(PORT)) \
@@ -29,6 +31,10 @@ serve: $(RUN_TIME)
 
 test: $(DEV)
 	@$(PY) tests/run.py $(ARGS)
+
+# --confcutdir: tests/conftest.py needs Fen's own libraries.
+test-clients: $(RUN_TIME) $(CLIENTS)/installed
+	@$(CLIENTS)/bin/python -m pytest --confcutdir tests/clients tests/clients $(ARGS)
 
 lint: $(DEV)
 	$(PY) -m ruff check .
@@ -44,7 +50,7 @@ bench-cpu: $(DEV)
 	@$(PY) -m bench.compare_cpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(CLIENTS) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUN_TIME): pyproject.toml constraints.txt
@@ -54,6 +60,11 @@ $(RUN_TIME): pyproject.toml constraints.txt
 
 $(DEV): $(RUN_TIME)
 	$(PIP_INSTALL) '.[dev]'
+	@touch $@
+
+$(CLIENTS)/installed: tests/clients/requirements.txt $(RUN_TIME)
+	@$(CLIENTS)/bin/python -m pip --version >/dev/null 2>&1 || $(PY) -m venv --clear $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install $(if $(CI),--quiet) --disable-pip-version-check --requirement $<
 	@touch $@
 
 # A .venv that works is kept; a missing, moved or half-made one is made anew by the first Python that can.

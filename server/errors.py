@@ -24,6 +24,12 @@ TYPES = {
     500: "internal_server_error",
     503: "service_unavailable_error",
 }
+WORDS = {  # for pydantic's, where they speak of Python
+    "model_type": "must be a JSON object",
+    "model_attributes_type": "must be a JSON object",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+}
 MAX_DETAILS = 10
 MAX_ECHO = 200  # characters of the caller's input that a message repeats
 
@@ -85,7 +91,7 @@ def _from_validation(errors: Sequence[Any]) -> ApiError:
     for entry in errors[:MAX_DETAILS]:
         param = _param(entry["loc"])
         first = first or param
-        message = entry["msg"][:1].lower() + entry["msg"][1:]
+        message = WORDS.get(entry["type"]) or entry["msg"][:1].lower() + entry["msg"][1:]
         if entry["type"] == "missing":
             details.append(f"{param}: this field is required" if param else "the body is empty; send a JSON object")
         elif entry["type"].startswith("fen"):  # our own validators already say what they got

@@ -16,7 +16,7 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 def _wrong(message: str) -> PydanticCustomError:
-    return PydanticCustomError("fen", message.replace("{", "{{").replace("}", "}}"))
+    return PydanticCustomError("fen", message)
 
 
 def _is_ids(value: Any) -> bool:
@@ -123,6 +123,7 @@ LogitBias = Annotated[
     WithJsonSchema(
         {
             "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
             "maxProperties": MAX_BIASES,
         }

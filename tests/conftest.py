@@ -11,6 +11,8 @@ import pytest
 
 from engine.checkpoint.pull import pull
 
+collect_ignore = ["clients"]  # `make test-clients` runs them, in an environment of their own
+
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
