@@ -4,6 +4,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 RUN_TIME := $(VENV)/installed-run-time
 DEV := $(VENV)/installed-dev
+FUZZ := $(VENV)/installed-fuzz
+SECONDS ?= 600
 CLIENTS := .venv-clients
 # On a terminal pip shows its progress; in CI only what goes wrong.
 PIP_INSTALL := $(PY) -m pip install $(if $(CI),--quiet) --disable-pip-version-check --constraint constraints.txt --editable
@@ -11,7 +13,7 @@ PIP_INSTALL := $(PY) -m pip install $(if $(CI),--quiet) --disable-pip-version-ch
 # A GPU's price is found by its name.
 CPU_PRICE = $(if $(shell command -v nvidia-smi),,cpu-4vcpu)
 
-.PHONY: help serve test test-clients lint format bench-cpu clean
+.PHONY: help serve test test-clients lint format bench-cpu fuzz clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +25,7 @@ help:
 	@echo "make lint          ruff, mypy, and the number of lines of engine/ and kernels/"
 	@echo "make format        let ruff rewrite the files"
 	@echo "make bench-cpu     this engine beside llama.cpp and transformers, on this CPU"
+	@echo "make fuzz       ten minutes of damaged checkpoints against the parsers; SECONDS=60 is a minute"
 	@echo "make clean         remove the environments and every cache"
 
 serve: $(RUN_TIME)
@@ -49,6 +52,11 @@ format: $(DEV)
 bench-cpu: $(DEV)
 	@$(PY) -m bench.compare_cpu $(ARGS)
 
+fuzz: $(FUZZ)
+	@for target in gguf safetensors index config tokenizer; do \
+		$(PY) -m tests.fuzz.checkpoints $$target --seconds $$(($(SECONDS) / 5)) || exit 1; \
+	done
+
 clean:
 	rm -rf $(VENV) $(CLIENTS) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -65,6 +73,10 @@ $(DEV): $(RUN_TIME)
 $(CLIENTS)/installed: tests/clients/requirements.txt $(RUN_TIME)
 	@$(CLIENTS)/bin/python -m pip --version >/dev/null 2>&1 || $(PY) -m venv --clear $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install $(if $(CI),--quiet) --disable-pip-version-check --requirement $<
+	@touch $@
+
+$(FUZZ): $(DEV)
+	$(PIP_INSTALL) '.[fuzz]'
 	@touch $@
 
 # A .venv that works is kept; a missing, moved or half-made one is made anew by the first Python that can.

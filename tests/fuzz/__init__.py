@@ -1,0 +1,1 @@
+"""Fuzzing: `make fuzz`. Not part of `make test`."""
