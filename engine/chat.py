@@ -1,11 +1,11 @@
-"""Chat messages -> prompt text, by the checkpoint's Jinja template in a sandbox. Imports no torch."""
+"""Chat messages -> prompt, by the checkpoint's Jinja template in a sandbox. Imports no torch."""
 
 from __future__ import annotations
 
 import datetime
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jinja2
@@ -19,10 +19,31 @@ from engine.errors import CheckpointError, RequestError
 
 
 class SpecialTokens(Protocol):
-    """What is needed of engine.checkpoint.tokenizer.Tokenizer."""
+    """What rendering needs of engine.checkpoint.tokenizer.Tokenizer."""
 
     @property
     def special_tokens(self) -> dict[str, str]: ...
+
+
+class ChatTokenizer(SpecialTokens, Protocol):
+    """What else encoding needs of it."""
+
+    def mark_text(self, text: str) -> str: ...
+    def encode_marked(self, text: str) -> list[int]: ...
+
+
+def encode_chat(template: str | None, messages: Sequence[Mapping[str, Any]], tokenizer: ChatTokenizer) -> list[int]:
+    """The prompt for an answer to `messages` as token ids; see `render_chat` and `mark_texts`."""
+    return tokenizer.encode_marked(render_chat(template, mark_texts(messages, tokenizer.mark_text), tokenizer))
+
+
+def mark_texts(value: Any, mark: Callable[[str], str]) -> Any:
+    """Messages or tools with every string in them marked: who writes "<|im_end|>" there ends no turn with it."""
+    if isinstance(value, str):
+        return mark(value)
+    if isinstance(value, Mapping):
+        return {mark_texts(key, mark): mark_texts(item, mark) for key, item in value.items()}
+    return [mark_texts(item, mark) for item in value] if isinstance(value, list | tuple) else value
 
 
 def render_chat(
@@ -32,7 +53,7 @@ def render_chat(
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """The prompt, special tokens written out (encode it with add_special_tokens=False).
+    """The prompt's text, special tokens written out (encode it with `encode_marked`).
 
     Raises RequestError when there is no template or it refuses these messages, CheckpointError when the template itself
     is bad. Conventions are Hugging Face's: trim_blocks, lstrip_blocks, `raise_exception`, `strftime_now`, `tojson`,
@@ -56,6 +77,8 @@ def render_chat(
         ) from None
     except CheckpointError:
         raise
+    except MemoryError:
+        raise RequestError("the chat template needs too much memory for these messages", param="messages") from None
     except Exception as error:  # a template is a program of somebody else's: anything may come out of it
         raise RequestError(
             f"the chat template cannot render these messages: {_short(error) or type(error).__name__}", param="messages"
@@ -114,7 +137,8 @@ def _compiled(template: str) -> jinja2.Template:
             f"line {error.lineno} of the checkpoint's chat template is not valid: {error.message}"
         ) from None
     except Exception as error:  # e.g. RecursionError
-        raise CheckpointError(f"the checkpoint's chat template does not compile: {_short(error)}") from None
+        reason = _short(error) or type(error).__name__
+        raise CheckpointError(f"the checkpoint's chat template does not compile: {reason}") from None
 
 
 def _short(error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from engine.chat import render_chat
+from engine.chat import encode_chat
 from engine.core.build import build_core
 from engine.detokenizer import OutputText, TextDelta
 from engine.errors import FenError, RequestError
@@ -103,8 +103,7 @@ class LLM:
         Without params an answer may take the rest of the context.
         """
         conversations: Any = [messages] if len(messages) > 0 and isinstance(messages[0], Mapping) else messages
-        rendered = [render_chat(self.chat_template, conversation, self.tokenizer) for conversation in conversations]
-        encoded = [self.tokenizer.encode(text, add_special_tokens=False) for text in rendered]
+        encoded = [encode_chat(self.chat_template, conversation, self.tokenizer) for conversation in conversations]
         if isinstance(params, Sequence):
             return self._complete(encoded, list(params))
         room = self.info.max_model_len

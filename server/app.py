@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from engine.checkpoint.tokenizer import Tokenizer
 from engine.core.client import EngineClient
 from server import chat, completions, errors, openapi, status, text_routes, web_page
+from server.keys import ApiKeys, KeyCheck
 from server.middleware import Envelope
 from server.service import Service
 from server.settings import ServerSettings
@@ -43,10 +44,12 @@ def create_app(
     chat_template: str | None,
     model: str,
     start: Callable[[], Coroutine[Any, Any, object]] | None = None,
+    keys: Sequence[str] = (),
 ) -> FastAPI:
     """`model`: the name to serve under unless the settings give one. `start`: run in the background once the port is
-    open; default: `client.start`. The engine stops with the app."""
-    service = Service(client, tokenizer, chat_template, settings, model)
+    open; default: `client.start`. The engine stops with the app. `keys`: of which callers need one; none: open to all.
+    """
+    service = Service(client, tokenizer, chat_template, settings, model, ApiKeys(keys))
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -55,6 +58,7 @@ def create_app(
 
     app = api(lifespan)
     app.state.service = service
+    app.add_middleware(KeyCheck, keys=service.keys)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -20,9 +20,11 @@ log = logging.getLogger("fen.server")
 TYPES = {
     401: "authentication_error",
     404: "not_found_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     500: "internal_server_error",
     503: "service_unavailable_error",
+    504: "timeout_error",
 }
 WORDS = {  # for pydantic's, where they speak of Python
     "model_type": "must be a JSON object",

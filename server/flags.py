@@ -91,6 +91,10 @@ SERVER: dict[str, Any] = {
         float, typer.Option(min=0, metavar="SECONDS", help="What running requests get after SIGTERM.")
     ],
     "price": PriceOption,
+    "api_key_file": Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="API keys, one a line; callers must send one of them. Default: open to all."),
+    ],
     "cors_origins": Annotated[
         list[str], typer.Option(metavar="ORIGIN", help="A web origin that may call; may be given several times.")
     ],

@@ -69,6 +69,7 @@ class Generation(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.send, self.begun = send, False
+        self.cache_salt = self.service.keys.cache_salt(scope, self.asked.cache_salt or "")
         self.info = self.service.check_ready()
         with self.service.admit(self.prompts * self.asked.n):
             work = self.run_stream() if self.stream else self.run_whole()
@@ -98,7 +99,7 @@ class Generation(Response):
             group, place = divmod(choice.index, asked.n)
             if place and (event := ahead.get(group)) is not None:
                 await event.wait()
-            async for delta in choice.deltas(asked.priority, asked.cache_salt or ""):
+            async for delta in choice.deltas(asked.priority, self.cache_salt):
                 if (event := ahead.get(group)) is not None:
                     event.set()
                 await each(choice, delta)

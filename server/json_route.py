@@ -14,21 +14,38 @@ from starlette.responses import Response
 
 from server.errors import ApiError
 
+MAX_DEPTH = 100  # of arrays and objects inside each other
+
 
 class JsonRequest(Request):
     async def json(self) -> Any:
         body = await self.body()
         try:
-            return msgspec.json.decode(body)
+            value = msgspec.json.decode(body)
+            if body.count(b"[") + body.count(b"{") > MAX_DEPTH and deeper(value, MAX_DEPTH):
+                raise RecursionError
+            return value
         except UnicodeDecodeError:
             raise ApiError(400, "the body is not UTF-8", code="invalid_json") from None
         except RecursionError:
-            raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+            message = f"the body is nested too deeply; at most {MAX_DEPTH} arrays and objects inside each other"
+            raise ApiError(400, message, code="invalid_json") from None
         except msgspec.DecodeError as error:
             if (field := non_finite_field(body)) is not None:
                 raise ApiError(400, f"{field}: NaN and Infinity are not numbers that JSON has", param=field) from None
             message = str(error).removeprefix("JSON is malformed: ")
             raise ApiError(400, f"the body is not JSON: {message}", code="invalid_json") from None
+
+
+def deeper(value: Any, limit: int) -> bool:
+    """Are more than `limit` arrays and objects inside each other?"""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(limit):
+        inner = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
+        level = [item for item in inner if isinstance(item, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def non_finite_field(body: bytes) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from bench.prices import USE, Price, price_of, usd
-from engine.chat import render_chat
+from engine.chat import encode_chat
 from engine.checkpoint import open_checkpoint
 from engine.core.client import EngineClient
 from engine.detokenizer import OutputText
@@ -110,8 +110,7 @@ class LocalModel:
 
     def chat(self, messages: Messages, params: SamplingParams) -> Generator[str, None, None]:
         """The pieces of the answer to `messages`, by the checkpoint's chat template. See `complete`."""
-        prompt = render_chat(self.template, messages, self.tokenizer)
-        yield from self._answer(self.tokenizer.encode(prompt, add_special_tokens=False), params)
+        yield from self._answer(encode_chat(self.template, messages, self.tokenizer), params)
 
     def complete(self, prompt: str, params: SamplingParams) -> Generator[str, None, None]:
         """The pieces of the text that follows `prompt`; afterwards `usage` tells about it. Leaving early stops it.

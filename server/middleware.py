@@ -1,7 +1,9 @@
-"""What every request gets, whatever its route: a request id, a bound on its body, HEAD on GET routes, an error body."""
+"""What every request gets, whatever its route: a request id, bounds on its head and body, HEAD on GET routes, an error
+body, and headers that tell a browser what the reply may do."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from typing import Any
@@ -9,10 +11,31 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError, error_response
-from server.settings import MAX_BODY_BYTES
+from server.settings import BODY_SECONDS, MAX_BODY_BYTES, MAX_HEADERS
 
 UNSAFE = re.compile(rb"[^A-Za-z0-9._:-]")
 MAX_DISCARDED_BYTES = 4 * MAX_BODY_BYTES  # a client that is still sending would not read the 413
+NOSNIFF = (b"x-content-type-options", b"nosniff")
+# Of HTML. The page loads nothing from elsewhere; /docs is FastAPI's, whose script, style and icon are.
+ONLY_OURS = "default-src 'self'"
+SWAGGER = (
+    "default-src 'self'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src https://cdn.jsdelivr.net; "
+    "img-src data: https://fastapi.tiangolo.com https://cdn.jsdelivr.net"
+)
+SHUT = "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
+
+
+def browser_headers(path: str, content_type: bytes) -> list[tuple[bytes, bytes]]:
+    if not content_type.startswith(b"text/html"):
+        return [NOSNIFF]
+    policy = (SWAGGER if path == "/docs" else ONLY_OURS) + SHUT
+    return [
+        NOSNIFF,
+        (b"content-security-policy", policy.encode()),
+        (b"referrer-policy", b"no-referrer"),
+        (b"x-frame-options", b"DENY"),
+        (b"cross-origin-opener-policy", b"same-origin"),
+    ]
 
 
 class Envelope:
@@ -37,13 +60,16 @@ class Envelope:
             if message["type"] == "http.response.start":
                 begun = True
                 headers: list[Any] = list(message.get("headers", ()))
-                headers.append((b"x-request-id", request_id))
+                content_type = next((value for name, value in headers if name.lower() == b"content-type"), b"")
+                headers += [(b"x-request-id", request_id), *browser_headers(scope["path"], content_type)]
                 message = {**message, "headers": headers}
             elif head and message["type"] == "http.response.body":
                 message = {**message, "body": b""}
             await send(message)
 
         try:
+            if len(scope["headers"]) > MAX_HEADERS:
+                raise ApiError(431, f"the request has {len(scope['headers'])} headers; at most {MAX_HEADERS}")
             await self.app(scope, bounded(scope, receive), reply)
         except Exception as error:
             if begun:
@@ -52,23 +78,32 @@ class Envelope:
 
 
 def bounded(scope: Scope, receive: Receive) -> Receive:
-    """`receive`, raising ApiError 413 when the body is longer than MAX_BODY_BYTES."""
+    """`receive`, raising ApiError 413 when the body is longer than MAX_BODY_BYTES, 408 when it stops coming."""
     headers = dict(scope["headers"])
     length = headers.get(b"content-length", b"")
-    size = int(length) if length.isdigit() else 0
+    size = int(length) if length.isdigit() and len(length) < 20 else 0
     received = 0
+    complete = False
+
+    async def piece() -> Message:
+        nonlocal received, complete
+        try:  # once the body is there, this waits for the client to leave
+            async with asyncio.timeout(None if complete else BODY_SECONDS):
+                message = await receive()
+        except TimeoutError:
+            raise ApiError(408, f"the body stopped coming for {BODY_SECONDS:g} s") from None
+        received += len(message.get("body", b""))
+        complete = not message.get("more_body", False)
+        return message
 
     async def receive_bounded() -> Message:
-        nonlocal received
         if size > MAX_BODY_BYTES and b"expect" in headers:  # the client asked before sending
             raise ApiError(413, "the body is larger than 8 MiB")
-        message = await receive()
-        received += len(message.get("body", b""))
+        message = await piece()
         if max(size, received) <= MAX_BODY_BYTES:
             return message
         while message.get("more_body") and received < MAX_DISCARDED_BYTES:
-            message = await receive()
-            received += len(message.get("body", b""))
+            message = await piece()
         raise ApiError(413, "the body is larger than 8 MiB")
 
     return receive_bounded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 from types import FrameType
 
@@ -16,14 +17,16 @@ from engine.core.client import EngineClient
 from engine.errors import FenError
 from server.app import create_app
 from server.banner import print_banner
+from server.keys import read_keys
 from server.service import Service
-from server.settings import ServerSettings
+from server.settings import MAX_HEAD_BYTES, ServerSettings
 
 
 def serve(settings: ServerSettings) -> None:
     """Returns after a signal, when everything in flight is answered. Raises FenError when it cannot run at all."""
     if settings.price is not None:
         parse_price(settings.price)  # refused before anything is loaded
+    keys = read_keys(settings.api_key_file, os.environ)
     console = Console(stderr=True)
     with claim_port(settings.host, settings.port) as listener:
         checkpoint = open_checkpoint(settings.engine.model, settings.engine.load_format)
@@ -48,6 +51,7 @@ def serve(settings: ServerSettings) -> None:
             chat_template=checkpoint.chat_template,
             model=checkpoint.name,
             start=start,
+            keys=keys,
         )
         service: Service = app.state.service
         config = uvicorn.Config(
@@ -56,6 +60,8 @@ def serve(settings: ServerSettings) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            http="h11",  # the parser that bounds what it reads of a head, whatever else is installed
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             timeout_keep_alive=75,  # longer than clients keep a connection, so that they close it first
             timeout_graceful_shutdown=2,
         )

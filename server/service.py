@@ -5,29 +5,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bench.prices import Price, no_price, parse_price, price_of
-from engine.chat import render_chat
+from engine.chat import mark_texts
 from engine.checkpoint.tokenizer import Tokenizer
 from engine.core.client import EngineClient
 from engine.errors import RequestError
 from engine.messages import EngineInfo
 from server.energy import EnergyMeter
 from server.errors import ApiError
+from server.keys import ApiKeys
 from server.metrics import Metrics
 from server.protocol import ChatCompletionRequest, CompletionRequest, GenerationBody, Message
 from server.recent import Recent
 from server.settings import ServerSettings
+from server.template_process import TemplateProcess
 
 if TYPE_CHECKING:
     from server.choice import Choice
 
 T = TypeVar("T")
 LAST_WORDS_SECONDS = 2.0  # for aborted replies to be written
+LONG_TEXT = 32768  # characters; longer ones are tokenised when nobody else needs the processor
 
 
 class Service:
@@ -40,10 +45,13 @@ class Service:
         chat_template: str | None,
         settings: ServerSettings,
         model: str,
+        keys: ApiKeys,
     ):
+        self.keys = keys
         self.client = client
         self.tokenizer = tokenizer
-        self.chat_template = chat_template
+        special_tokens = tokenizer.special_tokens
+        self.templates = None if chat_template is None else TemplateProcess(chat_template, special_tokens)
         self.settings = settings
         self.model = settings.served_model_name or model
         self.created = int(time.time())
@@ -55,10 +63,12 @@ class Service:
         self._price = None if settings.price is None else parse_price(settings.price)
         self.metrics = Metrics(self)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
+        self._patient = ThreadPoolExecutor(1, thread_name_prefix="long text", initializer=step_back)
 
-    async def in_thread(self, function: Callable[[], T]) -> T:
-        """Run CPU-bound text work off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+    async def in_thread(self, function: Callable[[], T], characters: int = 0) -> T:
+        """Run CPU-bound work on a text of so many characters off the event loop."""
+        threads = self._patient if characters > LONG_TEXT else self._threads
+        return await asyncio.get_running_loop().run_in_executor(threads, function)
 
     # Life
 
@@ -66,13 +76,18 @@ class Service:
     async def running(self, start: Callable[[], Coroutine[Any, Any, object]]) -> AsyncIterator[None]:
         """`start` the engine in the background (requests get 503 until it is ready); stop it at the end."""
         starting = asyncio.create_task(start())
+        if self.templates is not None:
+            self._threads.submit(self.templates.start)
         try:
             yield
         finally:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             await self.client.stop()
-            self._threads.shutdown(wait=False, cancel_futures=True)
+            for threads in (self._threads, self._patient):
+                threads.shutdown(wait=False, cancel_futures=True)
+            if self.templates is not None:
+                self.templates.close()
 
     async def drain(self, timeout: float) -> None:
         """Refuse new requests, let those in flight finish; after `timeout` seconds they end with "abort"."""
@@ -149,7 +164,9 @@ class Service:
         prompts = []
         for prompt in body.prompt:
             if isinstance(prompt, str):
-                ids = await self.in_thread(functools.partial(self.tokenizer.encode, prompt, body.add_special_tokens))
+                self.check_size(prompt, "prompt")
+                encode = functools.partial(self.tokenizer.encode, prompt, body.add_special_tokens)
+                ids = await self.in_thread(encode, len(prompt))
                 if not ids:
                     raise RequestError("prompt: a prompt must have at least one token", "prompt")
             else:
@@ -166,17 +183,31 @@ class Service:
     async def encode_messages(
         self, messages: list[Message], add_generation_prompt: bool = True, add_special_tokens: bool = False
     ) -> list[int]:
-        """Renders the chat template (which writes its own special tokens) and encodes the result."""
-        template = self.chat_template
-        if template is None:
+        """Renders the chat template (which writes its own special tokens) and encodes the result.
+
+        Special tokens are those that the template writes; in the messages' own strings their names are text.
+        """
+        templates = self.templates
+        if templates is None:
             raise RequestError("this model has no chat template; use /v1/completions", "messages")
-        plain = [message.plain() for message in messages]
+        characters = sum(len(message.content) for message in messages)
 
         def render() -> list[int]:
-            text = render_chat(template, plain, self.tokenizer, add_generation_prompt=add_generation_prompt)
-            return self.tokenizer.encode(text, add_special_tokens)
+            marked = [mark_texts(message.plain(), self.tokenizer.mark_text) for message in messages]
+            text = templates.render(marked, add_generation_prompt)
+            self.check_size(text, "messages")
+            return self.tokenizer.encode_marked(text, add_special_tokens)
 
-        return await self.in_thread(render)
+        return await self.in_thread(render, characters)
+
+    def check_size(self, text: str, param: str) -> None:
+        """Raises RequestError context_length_exceeded for a text that is too long whatever its tokens are."""
+        info = self.client.info
+        if info is not None and (least := self.tokenizer.least_tokens(text)) > info.max_model_len:
+            raise RequestError(
+                f"this model's context is {info.max_model_len} tokens, and {param} of {len(text)} characters make at "
+                f"least {least}; shorten the text", param, "context_length_exceeded",
+            )  # fmt: skip
 
     def max_tokens(self, body: GenerationBody, prompt_len: int, info: EngineInfo) -> int:
         """How many tokens may follow the prompt. Raises RequestError context_length_exceeded."""
@@ -198,3 +229,9 @@ class Service:
         if body.min_tokens > wanted:
             raise RequestError(f"min_tokens ({body.min_tokens}) is more than max_tokens ({wanted})", "min_tokens")
         return wanted
+
+
+def step_back() -> None:
+    """Give the calling thread a low priority, where the system has one for each thread."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)

@@ -6,7 +6,10 @@ import msgspec
 
 from engine.messages import EngineOptions
 
+MAX_HEAD_BYTES = 32 * 2**10  # of a request line and its headers
+MAX_HEADERS = 100
 MAX_BODY_BYTES = 8 * 2**20
+BODY_SECONDS = 30.0  # that the next piece of a body may take
 KEEP_ALIVE_SECONDS = 15.0  # between comments on a silent event stream
 
 
@@ -16,6 +19,7 @@ class ServerSettings(msgspec.Struct, kw_only=True):
     served_model_name: str | None = None  # default: the checkpoint's own name
     max_queue: int = 256  # completions that may wait for a place in the batch before 429
     drain_timeout: float = 30.0  # seconds that requests in flight get after SIGTERM
+    api_key_file: str | None = None  # a key a line; FEN_API_KEYS and FEN_API_KEY add to it
     cors_origins: list[str] = []  # empty: no CORS headers
     price: str | None = None  # US$ per device-hour, or a device of seeds/prices.toml; default: by the GPU's name
     engine: EngineOptions = msgspec.field(default_factory=EngineOptions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import sys
 import time
 import urllib.error
@@ -80,7 +81,10 @@ class RemoteModel:
     def call(self, path: str, body: dict[str, Any] | None = None) -> Iterator[http.client.HTTPResponse]:
         """A GET, or a POST of `body`. Raises FenError, also when what is done with the reply finds it malformed."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("FEN_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self.url + path, data, headers)
         try:
             with urllib.request.urlopen(request, timeout=300) as reply:
                 yield reply

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import math
+import os
 import re
+import secrets
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +20,13 @@ from engine.errors import CheckpointError, RequestError
 from engine.model.config import ModelConfig
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Encoding stays in the thread that asks for it, which may have a low priority.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _secret() -> str:
+    """Digits that no caller can guess: case, trimming and JSON leave them as they are."""
+    return str(secrets.randbelow(10**24)).zfill(24)
 
 
 @functools.cache
@@ -52,13 +63,21 @@ class Tokenizer:
         self.special_tokens = special_tokens or {}
         self.chat_template = chat_template
         self._backend = backend
-        self._plain: tokenizers.Tokenizer | None = None  # reads special tokens' text as text; made when first needed
         self._lock = threading.Lock()
+        self._strict: tuple[tokenizers.Tokenizer, dict[int, int]] | None = None  # see _strict_backend
+        self._text_mark, self._token_mark = _secret(), _secret()
         self._byte_level, self._strips_space = _decoding(backend)
         self._num_embeddings = num_embeddings
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        names = sorted((self._added[token_id] for token_id in self._special), key=len, reverse=True)
+        either = "|".join(map(re.escape, names)) or "(?!)"
+        self._name, self._name_start = re.compile(either), re.compile(f"(?={either})")
+        self._unmarked_name = re.compile(f"(?<!{self._text_mark})(?:{either})")
+        self._heads = {name[:size] for name in names for size in range(1, len(name))}
+        self._tails = {name[size:] for name in names for size in range(1, len(name))}
+        self._longest_name = max(map(len, names), default=0)
         self._bytes: dict[int, bytes] = {}
         self.vocab_size = max(backend.get_vocab_size(), max(self._added, default=-1) + 1)
         self._prefix, self._suffix = self._affixes(add_bos, add_eos)
@@ -80,22 +99,67 @@ class Tokenizer:
         parse_special: text such as "<|im_end|>" becomes that one token; False reads it as ordinary characters.
         Raises RequestError for half a surrogate pair, which JSON can carry and UTF-8 cannot.
         """
-        backend = self._backend if parse_special else self._plain_backend()
-        try:
-            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        backend, renamed = (self._backend, {}) if parse_special else self._strict_backend()
+        try:  # a batch of one: unlike `encode` it lets other threads run
+            ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError:
             raise RequestError("the text has a surrogate code point (U+D800 to U+DFFF) outside a pair") from None
+        ids = [renamed.get(id, id) for id in ids] if renamed else ids
         if self._num_embeddings is not None and ids and max(ids) >= self._num_embeddings:
             raise RequestError(f"the model has no embedding for the token {self.id_to_token(max(ids))!r}")
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
-    def _plain_backend(self) -> tokenizers.Tokenizer:
+    def mark_text(self, text: str) -> str:
+        """`text` such that `encode_marked` reads nothing in it as a special token, wherever a template puts it.
+
+        Text that holds no special token's name, nor a piece of one at an end, comes back as it is.
+        """
+        starts = {match.start() for match in self._name_start.finditer(text)} if self._name.search(text) else set()
+        sizes = range(1, min(self._longest_name, len(text) + 1))
+        starts |= {len(text) - size for size in sizes if text[-size:] in self._heads}
+        starts |= {0 for size in sizes if text[:size] in self._tails}
+        cuts = [0, *sorted(starts), len(text)]
+        return self._text_mark.join(text[start:end] for start, end in itertools.pairwise(cuts)) if starts else text
+
+    def encode_marked(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of rendered `text`: special tokens are those that stand outside what `mark_text` marked."""
+        if self._text_mark in text:
+            text = self._unmarked_name.sub(lambda match: self._token_mark + match[0], text)
+            return self.encode(text.replace(self._text_mark, ""), add_special_tokens, parse_special=False)
+        return self.encode(text, add_special_tokens)
+
+    def least_tokens(self, text: str) -> int:
+        """A lower bound of the tokens of `text`, found without tokenising: 0 where the rules allow no such bound."""
+        characters = len(text) - len(self._text_mark) * text.count(self._text_mark)
+        return math.ceil(characters / self._longest_token) if self._longest_token else 0
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """Characters of text that one token can stand for at most; 0: unknown."""
+        rules = json.loads(self._backend.to_str())
+        outer = rules["normalizer"] or {}
+        steps = outer.get("normalizers", [outer]) if outer else []
+        composes = any(step["type"] == "NFC" for step in steps)  # of up to four characters
+        kept = all(
+            step["type"] in ("NFC", "Prepend")
+            or (step["type"] == "Replace" and len(step["pattern"].get("String", "")) == 1 and step["content"])
+            for step in steps
+        )
+        if not kept or any(token["lstrip"] or token["rstrip"] for token in rules["added_tokens"]):
+            return 0
+        return max(map(len, self._backend.get_vocab())) * (4 if composes else 1)
+
+    def _strict_backend(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """The same rules, but a special token's name begins with a secret mark: {its id there: its id}."""
         with self._lock:
-            if self._plain is None:
-                plain = tokenizers.Tokenizer.from_str(self._backend.to_str())
-                plain.encode_special_tokens = True
-                self._plain = plain
-            return self._plain
+            if self._strict is None:
+                rules = json.loads(self._backend.to_str())
+                for token in rules["added_tokens"]:
+                    token["content"] = (self._token_mark if token["special"] else "") + token["content"]
+                strict = tokenizers.Tokenizer.from_str(json.dumps(rules))
+                ids = ((strict.token_to_id(token["content"]), token["id"]) for token in rules["added_tokens"])
+                self._strict = strict, {there: here for there, here in ids if there is not None}
+            return self._strict
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD. Ids outside the vocabulary are empty."""

@@ -64,8 +64,9 @@ class LiveServer:
         return self.log.read().decode()
 
     def engine_pid(self) -> int:
-        (child,) = psutil.Process(self.process.pid).children()
-        return child.pid
+        children = psutil.Process(self.process.pid).children()
+        (engine,) = (child for child in children if "engine.core.process" in child.cmdline())
+        return engine.pid
 
     def load(self) -> dict[str, Any]:
         return self.http.get("/load").json()

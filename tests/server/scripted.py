@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import httpx
@@ -43,11 +43,19 @@ class ScriptedEngine:
 
 
 def ask(
-    engine: Any, tokenizer: Tokenizer, method: str, path: str, *, template: str = "x", cors: str = "", **fields: Any
+    engine: Any,
+    tokenizer: Tokenizer,
+    method: str,
+    path: str,
+    *,
+    template: str = "x",
+    cors: str = "",
+    keys: Sequence[str] = (),
+    **fields: Any,
 ) -> httpx.Response:
     """One request; `fields` as httpx takes them."""
     settings = ServerSettings(cors_origins=[cors] if cors else [])
-    app = create_app(engine, tokenizer, settings, chat_template=template, model="m")
+    app = create_app(engine, tokenizer, settings, chat_template=template, model="m", keys=keys)
 
     async def send() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:

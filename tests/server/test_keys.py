@@ -1,0 +1,174 @@
+"""API keys: where they come from, what they guard, and that two keys share nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.checkpoint import Tokenizer
+from engine.errors import FenError
+from engine.messages import Output
+from server.keys import ApiKeys, read_keys
+from tests.server.live import LiveServer, settings
+from tests.server.scripted import ScriptedEngine, ask
+from tests.server.test_cli import fen_process, one_sentence
+
+ADA, BOB = "sk-ada-0123456789", "sk-bob-0123456789"
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.fixture(scope="module")
+def guarded(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """Ada's key in a file, Bob's in the environment; blocks of 16 tokens, so that short prompts are cached."""
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(f"# one a line\n\n{ADA}\n")
+    file.chmod(0o600)
+    prelude = f"import os; os.environ['FEN_API_KEYS'] = '{BOB},'\n"
+    live = LiveServer(settings(str(smollm2), {"block_size": 16}, api_key_file=str(file)), prelude=prelude)
+    yield live
+    assert live.stop() == 0
+    assert ADA not in live.printed() and BOB not in live.printed()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/v1/completions", {"prompt": "hi"}),
+        ("POST", "/v1/chat/completions", {"messages": []}),
+        ("POST", "/tokenize", {"prompt": "hi"}),
+        ("GET", "/v1/models", None),
+        ("GET", "/metrics", None),
+        ("GET", "/load", None),
+        ("GET", "/v1/cost", None),
+        ("GET", "/openapi.json", None),
+        ("GET", "/docs", None),
+        ("GET", "/nothing", None),
+        ("POST", "/health", None),
+    ],
+)
+def test_every_route_but_the_public_ones_wants_a_key(guarded: LiveServer, method: str, path: str, body: Any) -> None:
+    wrong = [{}, bearer("sk-eve-0123456789"), bearer("x"), bearer(ADA[:-1]), {"Authorization": f"Basic {ADA}"}]
+    for headers in [*wrong, {"X-Api-Key": "nonsense"}, {"Cookie": ADA}]:
+        refused = httpx.request(method, guarded.url + path, json=body, headers=headers)
+        error = refused.json()["error"]
+        assert refused.status_code == 401 and error["type"] == "authentication_error", headers
+        assert error["code"] == "invalid_api_key" and "Bearer" in error["message"] and "eve" not in error["message"]
+        assert refused.headers["www-authenticate"] == "Bearer" and refused.headers["x-request-id"]
+    for headers in (bearer(ADA), {"Authorization": f"bearer {BOB}"}, {"X-Api-Key": ADA}):
+        assert httpx.request(method, guarded.url + path, json=body, headers=headers).status_code != 401
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_probes_want_none(guarded: LiveServer, path: str) -> None:
+    assert httpx.get(guarded.url + path).status_code == 200
+    assert httpx.head(guarded.url + path).status_code == 200
+
+
+def test_keys_share_no_cached_block(guarded: LiveServer) -> None:
+    def cached(key: str, **fields: Any) -> int:
+        body = {"prompt": "one two three four five " * 8, "max_tokens": 1, **fields}
+        reply = httpx.post(guarded.url + "/v1/completions", json=body, headers=bearer(key)).json()
+        return reply["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached(ADA) == 0 and cached(ADA) >= 16
+    assert cached(BOB) == 0 and cached(BOB) >= 16
+    assert cached(ADA, cache_salt="a") == 0 and cached(ADA, cache_salt="a") >= 16
+    assert cached(BOB, cache_salt="a") == 0 and cached(ADA) >= 16
+
+
+def test_the_children_do_not_see_the_keys(guarded: LiveServer) -> None:
+    environment = Path(f"/proc/{guarded.engine_pid()}/environ").read_bytes()
+    assert b"PATH=" in environment and BOB.encode() not in environment
+
+
+def test_the_terminal_sends_the_key_of_its_environment(guarded: LiveServer) -> None:
+    result = fen_process("cost", "--url", guarded.url, FEN_API_KEY=ADA)
+    assert result.returncode == 0, result.stderr
+    refused = fen_process("cost", "--url", guarded.url)
+    assert refused.returncode == 1 and "401" in one_sentence(refused.stderr)
+
+
+def test_a_salt_belongs_to_key_and_server() -> None:
+    keys = ApiKeys([ADA, BOB])
+    salts = {keys.cache_salt({"fen.key": place}, asked) for place in (1, 2) for asked in ("", "a", "b")}
+    assert len(salts) == 6
+    assert ApiKeys([ADA]).cache_salt({"fen.key": 1}, "") not in salts
+    assert keys.cache_salt({}, "a") == "a"  # without keys
+
+
+def test_a_browser_may_ask_before_it_has_a_key(tokenizer: Tokenizer) -> None:
+    headers = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    engine = ScriptedEngine(Output(id="x", tokens=[504], finish_reason="stop"))
+    ask_with = {"cors": "https://a.example", "keys": [ADA]}
+    allowed = ask(engine, tokenizer, "OPTIONS", "/v1/completions", headers=headers, **ask_with)
+    assert allowed.status_code == 200
+    refused = ask(
+        engine, tokenizer, "POST", "/v1/completions", headers={"Origin": "https://a.example"}, json={}, **ask_with
+    )
+    assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://a.example"
+
+
+# Where keys come from
+
+
+def test_keys_of_file_and_environment(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# Ada\n  {ADA}  \n\n{BOB}\n")
+    environment = {"FEN_API_KEYS": " sk-c-0123456789 ,sk-d-0123456789", "FEN_API_KEY": BOB, "OTHER": "x"}
+    assert read_keys(str(file), environment) == [ADA, BOB, "sk-c-0123456789", "sk-d-0123456789"]
+    assert environment == {"OTHER": "x"}
+    assert read_keys(None, {}) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "holds no key"),
+        ("# only a comment\n\n", "holds no key"),
+        ("short\n", "at least 8"),
+        ("with a space\n", "without spaces"),
+        ("schlüssel-123\n", "ASCII"),
+        (b"\xff\xfe\x00", "text file"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_key_file_that_cannot_be_used(tmp_path: Path, content: str | bytes | None, says: str) -> None:
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(FenError, match=says) as error:
+        read_keys(str(file), {})
+    assert str(file) in str(error.value) and "with a space" not in str(error.value)
+
+
+@pytest.mark.parametrize("variable", ["FEN_API_KEYS", "FEN_API_KEY"])
+def test_a_variable_that_cannot_be_used(variable: str) -> None:
+    for value in ("", " ", "abc"):
+        with pytest.raises(FenError, match=variable):
+            read_keys(None, {variable: value})
+
+
+def test_a_key_file_that_all_may_read_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys"
+    file.write_text(ADA)
+    file.chmod(0o644)
+    with caplog.at_level(logging.WARNING):
+        read_keys(str(file), {})
+    assert "chmod 600" in caplog.text and ADA not in caplog.text
+    file.chmod(0o600)
+    caplog.clear()
+    read_keys(str(file), {})
+    assert not caplog.text
+
+
+def test_serve_refuses_to_start_without_the_keys_it_was_told_of(tmp_path: Path) -> None:
+    result = fen_process("serve", "--port", "0", "--api-key-file", str(tmp_path / "none"))
+    assert result.returncode == 1 and "cannot be read" in one_sentence(result.stderr)
