@@ -32,9 +32,13 @@ ERRORS: dict[int | str, Json] = {
     "4XX": {
         "model": ErrorReply,
         "description": "The request is at fault: 400 a field, 401 the key, 404 model or route, 405 the method, "
-        "413 a body over 8 MiB, 415 its Content-Type, 429 a full queue.",
+        "408 a body that stopped coming, 413 one over 8 MiB, 415 its Content-Type, 429 a full queue, 431 too many "
+        "headers.",
     },
-    "5XX": {"model": ErrorReply, "description": "The server is: 503 while loading, draining or restarting, else 500."},
+    "5XX": {
+        "model": ErrorReply,
+        "description": "The server is: 503 while loading, draining or restarting, 504 after the time limit, else 500.",
+    },
 }
 
 
