@@ -6,20 +6,30 @@ whose weights are zeros, and the time of a layer and of the rest are carried ove
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import os
 import statistics
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from bench import results
 from bench.local_engine import LocalEngine
-from engine.checkpoint import Checkpoint, StoredTensor
+from bench.machine import Disturbance
+from bench.report import markdown_table
+from engine.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from engine.errors import FenError
 from engine.messages import EngineOptions
 
 FEW, MORE = 2, 6  # layers
 STEPS = 12  # of decode in a sample
 SAMPLES = 5
+WANTED = 0.25  # how far a forecast may be from the measurement
+RESULTS = Path(__file__).resolve().parent / "results" / "forecast_cpu.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,3 +95,57 @@ def shortened(checkpoint: Checkpoint, layers: int) -> Checkpoint:
         size = tensor.nbytes
         tensors[name] = dataclasses.replace(tensor, source=lambda size=size: np.zeros(size, np.uint8))  # type: ignore[misc]
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+
+
+def compare(model: str, prompt_tokens: int, batches: list[int]) -> results.Result:
+    """Forecast and measurement, one after the other in this process."""
+    checkpoint, options = open_checkpoint(model), EngineOptions(model=model, device="cpu")
+    disturbance = Disturbance(os.getpid())
+
+    def say(what: str) -> None:
+        print(what, file=sys.stderr)
+
+    expected = forecast(checkpoint, options, prompt_tokens, batches, say)
+    say("measuring the whole model")
+    found = measure(checkpoint, options, prompt_tokens, batches)
+    rows = [{"what": f"prefill of {prompt_tokens}", "forecast": expected.prefill, "measured": found.prefill}]
+    for batch in batches:
+        what = f"decode step of {batch} after {prompt_tokens}"
+        rows.append({"what": what, "forecast": expected.decode[batch], "measured": found.decode[batch]})
+    for row in rows:
+        row["error"] = row["forecast"] / row["measured"] - 1
+        row["met"] = abs(row["error"]) <= WANTED
+    data = {"wanted": WANTED, "seconds": rows, "others_cpu_share": disturbance.share()}
+    return results.new("forecast", data, model=checkpoint.name, quantization=checkpoint.quantization)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if min([args.prompt_tokens, *args.batch]) < 1:
+        parser.error("--prompt-tokens and --batch must be at least 1")
+    try:
+        result = compare(args.model, args.prompt_tokens, sorted(set(args.batch)))
+    except FenError as error:
+        sys.exit(f"fen: {error}")
+    results.save(args.output, result)
+    rows = [
+        [
+            row["what"],
+            f"{1e3 * row['forecast']:.1f} ms",
+            f"{1e3 * row['measured']:.1f} ms",
+            f"{row['error']:+.0%}",
+            "met" if row["met"] else "missed",
+        ]
+        for row in result.data["seconds"]
+    ]
+    print(markdown_table(["", "forecast", "measured", "", f"within {WANTED:.0%}"], rows))
+    print(f"Other processes used {result.data['others_cpu_share']:.0%} of the CPUs.")
+
+
+if __name__ == "__main__":
+    main()
