@@ -19,7 +19,7 @@ from kernels.cpu import fused
 from kernels.cpu.attention import Attention, Span
 from kernels.cpu.linear import Linear, Plan
 from kernels.cpu.philox import gumbel
-from kernels.formats import dequantize
+from kernels.formats import decode, dequantize
 from kernels.oracle import fused as fused_oracle
 
 EVERY_ROW = 1 << 30
@@ -35,23 +35,23 @@ def linear(case: Case, place: Place) -> Operation:
     four_bit = case.dtype == "Q4_1"
     dtype = torch.bfloat16 if four_bit else getattr(torch, case.dtype)
     plan = Plan(dtype, dtype, EVERY_ROW if four_bit else 0, four_bit, False)
-    raw = [_q4_1(n, k, seed) for seed in range(case.shape.layers)]
-    linears = [Linear(r, "Q4_1", None, plan) for r in raw]
+    weights = [decode("Q4_1", {"": _q4_1(n, k, seed)}) for seed in range(case.shape.layers)]
+    linears = [Linear(weight, None, plan) for weight in weights]
     x = place.normal(case.rows, k, dtype=dtype)
 
     def error() -> tuple[float, float]:
         """Allowed: 8 bits of mantissa in weights and sums of bfloat16, 4-bit scales among them; 11 in float16."""
         allowed = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
-        return relative(linears[0](x), x.float() @ dequantize(raw[0], "Q4_1").t()), allowed
+        return relative(linears[0](x), x.float() @ dequantize(weights[0]).t()), allowed
 
-    weight_bytes = raw[0].nbytes if four_bit else n * k * dtype.itemsize
+    weight_bytes = weights[0].bytes if four_bit else n * k * dtype.itemsize
     cost = weight_bytes + case.rows * (n + k) * dtype.itemsize, 2 * case.rows * n * k
     calls: list[Call] = [functools.partial(weight, x) for weight in linears]
     operation = Operation(calls, *cost, str(dtype).removeprefix("torch."), error)
 
     def plain(other: torch.dtype) -> list[Call]:
         x_other = x.to(other)
-        return [functools.partial(F.linear, x_other, dequantize(r, "Q4_1", other)) for r in raw]
+        return [functools.partial(F.linear, x_other, dequantize(w, other)) for w in weights]
 
     for other in dict.fromkeys((dtype, torch.float32)):
         name = f"F.linear {str(other).removeprefix('torch.')}"

@@ -32,7 +32,7 @@ _GGUF_UNROTATED = 4  # SmolLM3's every fourth layer has no rope; the file does n
 _HF_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "partial_rotary_factor": (1.0,),
-    "quantization_config": (),
+    "compression_config": (),  # compressed-tensors' first name for quantization_config (engine.checkpoint.quantized)
     "num_experts": (0,),
     "num_local_experts": (0, 1),
     "attn_logit_softcapping": (0.0,),

@@ -24,7 +24,10 @@ from engine.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-_KEPT_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 30: "BF16"}
+_KEPT_TYPES = {
+    0: "F32", 1: "F16", 30: "BF16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K",
+    14: "Q6_K",
+}  # fmt: skip
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -176,7 +179,7 @@ def read_gguf(path: Path) -> GgufFile:
         spans.append((start, start + size, name))
         raw = np.frombuffer(buffer, np.uint8, size, start)
         types[name] = kind
-        if kind in BLOCKS:
+        if type_id in _KEPT_TYPES:
             tensors[name] = StoredTensor(name, kind, shape, raw)
         else:
             tensors[name] = StoredTensor(name, "F32", shape, functools.partial(_dequantize, raw, shape, type_id))
@@ -184,10 +187,10 @@ def read_gguf(path: Path) -> GgufFile:
     for (_, end, first), (start, _, second) in itertools.pairwise(spans):
         if start < end:
             raise header.fail(f"the tensors {first!r} and {second!r} overlap")
-    if others := sorted({kind for kind in types.values() if kind not in BLOCKS}):
+    if others := sorted(set(types.values()) - set(_KEPT_TYPES.values())):
         log.warning(
             "%s: %s tensors are dequantised to float32 on loading; %s are kept as they are",
-            path.name, ", ".join(others), ", ".join(BLOCKS),
+            path.name, ", ".join(others), ", ".join(_KEPT_TYPES.values()),
         )  # fmt: skip
     return GgufFile(path, metadata, tensors, types)
 
@@ -216,7 +219,7 @@ def _type(type_id: int, tensor: str, header: _Header) -> tuple[str, int, int]:
     except ValueError:
         raise header.fail(f"the type of {tensor!r} is {type_id}, which is unknown") from None
     except NotImplementedError as error:
-        kept = ", ".join(BLOCKS)
+        kept = ", ".join(_KEPT_TYPES.values())
         raise header.fail(
             f"{tensor!r} is stored as {error}, which cannot be dequantised; {kept} and all K and I quants can be read"
         ) from None

@@ -9,11 +9,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from engine.checkpoint import pull
 from engine.checkpoint.config import gguf_config, hf_config, read_json
 from engine.checkpoint.gguf import read_gguf
 from engine.checkpoint.names import check_tensors, from_gguf, from_hugging_face, split_fused
+from engine.checkpoint.quantized import join_parts, scheme_of
 from engine.checkpoint.safetensors import read_safetensors, safetensors_files
 from engine.checkpoint.tensors import StoredTensor
 from engine.checkpoint.tokenizer import Tokenizer, tokenizer_from_folder
@@ -158,6 +160,7 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
         several = f"; it has {len(ggufs)} .gguf files: name one of them" if ggufs else ""
         raise CheckpointError(f"{folder} has no *.safetensors{several}")
     config = _folder_config(folder)
+    scheme = scheme_of(_quantization(folder), str(folder / "config.json"))
     tensors: dict[str, StoredTensor] = {}
     for tensor in read_safetensors(files).values():
         if (ours := from_hugging_face(tensor.name)) is not None:
@@ -165,14 +168,14 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
                 tensors[part.name] = part
     if config.tie_embeddings:
         tensors.pop("lm_head.weight", None)  # some files repeat the embeddings there; transformers ignores it too
-    checked = check_tensors(tensors, config, str(folder))
-    kind = checked["model.layers.0.self_attn.q_proj.weight"].dtype
+    checked = check_tensors(join_parts(tensors, config, scheme, str(folder)), config, str(folder))
+    kind = _DENSE[checked["model.layers.0.input_layernorm.weight"].dtype]
     return Checkpoint(
         name=name,
         path=folder,
         format="safetensors",
-        config=dataclasses.replace(config, dtype=_DENSE[kind]),
-        quantization=_DENSE[kind],
+        config=dataclasses.replace(config, dtype=kind),
+        quantization=scheme.name if scheme else kind,
         tensors=checked,
         load_tokenizer=lambda: tokenizer_from_folder(folder, config),
     )
@@ -184,6 +187,14 @@ def _folder_config(folder: Path) -> ModelConfig:
     path = folder / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
     return hf_config(read_json(folder / "config.json"), generation, str(folder / "config.json"))
+
+
+def _quantization(folder: Path) -> dict[str, Any]:
+    """An object whose quantization_config is the folder's: config.json, or as the first GPTQ files have it."""
+    config, old = read_json(folder / "config.json"), folder / "quantize_config.json"
+    if config.get("quantization_config") is None and old.is_file():
+        return {"quantization_config": {"quant_method": "gptq"} | read_json(old)}
+    return config
 
 
 def _open_dummy(model: str) -> Checkpoint:

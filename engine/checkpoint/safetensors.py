@@ -14,12 +14,12 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from engine.checkpoint.config import read_json
-from engine.checkpoint.tensors import StoredTensor, stored_bytes
+from engine.checkpoint.tensors import FLOATS, StoredTensor, stored_bytes
 from engine.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 1 << 23  # the largest real ones (1,000 tensors) have some 150 kB
-_KEPT_TYPES = ("F32", "F16", "BF16")
+_KEPT_TYPES = (*FLOATS, "F8_E4M3", "I8", "I32", "I64")
 
 
 def safetensors_files(folder: Path) -> dict[Path, list[str]]:

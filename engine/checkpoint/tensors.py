@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,20 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "F32": (1, 4),
     "F16": (1, 2),
     "BF16": (1, 2),
-    "Q8_0": (32, 34),
+    "F8_E4M3": (1, 1),
+    "I8": (1, 1),
+    "I32": (1, 4),
+    "I64": (1, 8),
     "Q4_0": (32, 18),
     "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
 }
+FLOATS = ("F32", "F16", "BF16")
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -32,17 +42,20 @@ def stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """dtype: "F32", "F16", "BF16", or a GGUF block type such as "Q4_1" (kept as it is); the keys of `BLOCKS`.
+    """dtype: a key of `BLOCKS`, kept as it is; or, of a weight that lies in several tensors, how those make it up
+        (engine.checkpoint.quantized).
 
     shape: logical shape, row-major ([out, in] for a linear weight).
     source: uint8 view of the file's bytes (memory-mapped, read-only, one-dimensional), or a function that makes the
         bytes when they are asked for (dummy weights, types that are dequantised).
+    parts: the tensors that make up a quantised weight, by the last part of their names ("qweight", "scales", ...).
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     source: npt.NDArray[Any] | Callable[[], npt.NDArray[Any]]
+    parts: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
 
     @property
     def data(self) -> Bytes:
@@ -52,7 +65,9 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of `data`, without touching them."""
+        """Bytes of `data` or of all parts, without touching them."""
+        if self.parts:
+            return sum(part.nbytes for part in self.parts.values())
         return stored_bytes(self.dtype, self.shape)
 
     def drop_pages(self) -> None:

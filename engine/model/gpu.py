@@ -19,7 +19,7 @@ from engine.model.config import ModelConfig
 from engine.model.decoder import Linear, Step
 from engine.model.rope import rotations, unrotated
 from kernels import kv_cache
-from kernels.formats import FOUR_BIT, dequantize
+from kernels.formats import Weight, decode, dequantize
 from kernels.gpu import attention, fused, linear_w4, w4_layout
 from kernels.gpu.tiles import current_gpu
 
@@ -136,27 +136,27 @@ class GpuBackend:
     def vector(self, values: torch.Tensor) -> torch.Tensor:
         return values.to(self.device, torch.float32)
 
-    def linear(self, name: str, raw: torch.Tensor, kind: str, bias: torch.Tensor | None) -> Linear:
+    def linear(self, name: str, weight: Weight, bias: torch.Tensor | None) -> Linear:
         x_exp = X_EXP if name.endswith("down_proj") else 0
         bias = None if bias is None else bias.to(self.device, self.activations)
-        if self._runs_as_4_bit(raw, kind):
-            return self._slabs(functools.partial(self._multiply_w4, self._pack(raw, kind), bias, x_exp))
-        weight = self._dense(raw, kind)
+        if self._runs_as_4_bit(weight):
+            return self._slabs(functools.partial(self._multiply_w4, *self._pack(weight), bias, x_exp))
+        dense = self._dense(weight)
         if self.activations == torch.float16:
-            weight *= 2.0**x_exp
-        return self._slabs(lambda x: F.linear(x, weight, bias))
+            dense *= 2.0**x_exp
+        return self._slabs(lambda x: F.linear(x, dense, bias))
 
     def ends(
-        self, table: tuple[torch.Tensor, str], head: tuple[torch.Tensor, str] | None
+        self, table: tuple[torch.Tensor, str], head: Weight | None
     ) -> tuple[Callable[[torch.Tensor], torch.Tensor], Linear]:
         """Embedding, from a dense table of which a step reads a few rows; head with float32 logits."""
-        rows = self._dense(*table)
-        raw, kind = head or table
-        if self._runs_as_4_bit(raw, kind):
-            multiply = functools.partial(self._head_w4, self._pack(raw, kind))
+        raw, kind = table
+        weight = decode(kind, {"": raw.to(self.device)})
+        rows = self._dense(weight)
+        if self._runs_as_4_bit(head or weight):
+            multiply = functools.partial(self._head_w4, *self._pack(head or weight))
         else:
-            weight = rows if head is None else self._dense(raw, kind)
-            multiply = functools.partial(_head, weight)
+            multiply = functools.partial(_head, rows if head is None else self._dense(head))
         slabs = self._slabs(multiply)
         return lambda tokens: F.embedding(tokens, rows).float(), lambda x: slabs(x.to(self.activations))
 
@@ -171,14 +171,16 @@ class GpuBackend:
         return in_slabs
 
     def _multiply_w4(
-        self, weight: w4_layout.W4, bias: torch.Tensor | None, x_exp: int, x: torch.Tensor
+        self, weight: w4_layout.W4, order: torch.Tensor | None, bias: torch.Tensor | None, x_exp: int, x: torch.Tensor
     ) -> torch.Tensor:
+        x = x if order is None else x[:, order]
         out = torch.empty(x.shape[0], weight.n, dtype=x.dtype, device=self.device)
         scratch = self._scratch if x.shape[0] > linear_w4.CROSSOVER else x  # x: not looked at
         linear_w4.matmul_w4(x, weight, out, self.workspace, scratch, x_exp=x_exp)
         return out if bias is None else out.add_(bias)
 
-    def _head_w4(self, weight: w4_layout.W4, x: torch.Tensor) -> torch.Tensor:
+    def _head_w4(self, weight: w4_layout.W4, order: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+        x = x if order is None else x[:, order]
         out = torch.empty(x.shape[0], weight.n, device=self.device)
         for rows, part in zip(x.split(linear_w4.CROSSOVER), out.split(linear_w4.CROSSOVER), strict=True):
             linear_w4.w4a16(rows, weight, part, self.workspace)
@@ -189,17 +191,21 @@ class GpuBackend:
         """Room for one dequantised weight. First used by the warm-up, hence not in a graph's own memory."""
         return torch.empty(self._largest, dtype=self.activations, device=self.device)
 
-    def _runs_as_4_bit(self, raw: torch.Tensor, kind: str) -> bool:
-        rows, columns = raw.shape[0], raw.shape[1] * 32 // {"Q4_0": 18, "Q4_1": 20}.get(kind, 32)
-        return kind in FOUR_BIT and self.activations != torch.float32 and rows % 16 == 0 and columns % 64 == 0
+    def _runs_as_4_bit(self, weight: Weight) -> bool:
+        n, k = weight.q.shape
+        fits = weight.group in (32, 64, 128, k) and n % 16 == 0 and k % 64 == 0
+        return weight.bits == 4 and fits and self.activations != torch.float32
 
-    def _pack(self, raw: torch.Tensor, kind: str) -> w4_layout.W4:
-        q, d, m, zero_point = w4_layout.from_gguf(raw.to(self.device), kind)
+    def _pack(self, weight: Weight) -> tuple[w4_layout.W4, torch.Tensor | None]:
+        """And the order of the columns, if it is not theirs."""
+        q, d, m, zero_point = w4_layout.parts(weight.rows(lambda x: x.to(self.device)))
         self._largest = max(self._largest, q.numel())
-        return w4_layout.pack(q, d, m, kw=self._kw, zero_point=zero_point)
+        order = None if weight.order is None else weight.order.to(self.device)
+        return w4_layout.pack(q, d, m, kw=self._kw, zero_point=zero_point), order
 
-    def _dense(self, raw: torch.Tensor, kind: str) -> torch.Tensor:
-        return torch.cat([dequantize(rows.to(self.device), kind, self.activations) for rows in raw.split(PIECE)])
+    def _dense(self, weight: Weight) -> torch.Tensor:
+        pieces = (weight[i : i + PIECE].rows(lambda x: x.to(self.device)) for i in range(0, weight.q.shape[0], PIECE))
+        return torch.cat([dequantize(piece, self.activations) for piece in pieces])
 
 
 def _head(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,14 @@
 
 A weight is kept in up to two forms, both made once at load:
 
-    few rows    4-bit blocks: torch's int4 op (AVX-512/AVX2, bf16 activations, fp32 sums). A decode step reads the
-                weights once for a handful of rows, so bytes are what counts: 0.625 a weight against 2.
-                Otherwise: packed bf16.
+    few rows    4-bit groups of 32 and more: torch's int4 op; int8 with a scale for each row: its int8 op (AVX-512/AVX2,
+                bf16 activations and scales, fp32 sums). A decode step reads the weights once for a handful of rows,
+                so bytes are what counts: 0.5 to 0.625, or 1, a weight against 2. Torch has no faster op than the dense
+                one for fp8, for 5 and 6 bits and for groups of 8-bit weights (Q8_0): packed bf16.
     many rows   a dense copy in oneDNN's blocked layout, in the dtype that this CPU multiplies fastest: bf16 with AMX,
                 else fp16 where it is native (AVX512-FP16: twice the rate of bf16 there), else float32.
 
+W8A8 weights have one form for all: int8 x int8 (`torch._int_mm`), 5 times the rate of fp16 with AVX512-VNNI.
 `Plan` says which; float32 keeps a single packed float32 form: the exact path. With `batch_invariant` there is one form
 for any number of rows, whose sums do not depend on how many rows there are: oneDNN's packed matmul has that property
 from two rows up (one row takes another kernel, so it is padded to two); tests/kernels/cpu checks it.
@@ -22,7 +24,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from kernels.formats import FOUR_BIT, dequantize, four_bit_parts
+from kernels.formats import Weight, dequantize
+
+Multiply = Callable[[torch.Tensor], torch.Tensor]
 
 SLAB = 8192  # rows of a weight that are dequantised at a time: bounds the float32 scratch
 
@@ -48,13 +52,13 @@ class Plan:
     """Which form serves which number of rows.
 
     few, many: dtypes of the activations in the two forms. few_rows: up to how many rows the first one serves.
-    four_bit: 4-bit blocks run as they are in the first form.
+    quantized: quantised weights run as they are in the first form, where torch has an op for them.
     """
 
     few: torch.dtype
     many: torch.dtype
     few_rows: int
-    four_bit: bool
+    quantized: bool
     batch_invariant: bool
 
     def dtype(self, rows: int) -> torch.dtype:
@@ -86,24 +90,24 @@ def head_plan(body: Plan) -> Plan:
 
 
 class Linear:
-    """One weight [n, k] in the forms of `plan`, and its bias [n].
+    """One weight [n, k] in the forms of `plan`, and its bias [n]."""
 
-    weight: uint8 [n, bytes of a row]; kind: its format (kernels.formats).
-    """
-
-    def __init__(self, weight: torch.Tensor, kind: str, bias: torch.Tensor | None, plan: Plan):
-        self.n = weight.shape[0]
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, plan: Plan):
+        self.n = weight.q.shape[0]
         self.plan = plan
-        self.bytes = weight.nbytes  # that a decode step has to read, in the checkpoint's own format
+        self.bytes = weight.bytes  # that a decode step has to read, in the checkpoint's own format
         self._bias = {dtype: bias.to(dtype) for dtype in {plan.few, plan.many}} if bias is not None else {}
         self._few = self._many = None
+        if weight.int8_input:
+            self._few = self._many = _int8(weight)
+            return
         if plan.few_rows > 0:
-            four_bit = plan.four_bit and kind in FOUR_BIT
-            self._few = _int4(weight, kind) if four_bit else _packed(weight, kind, plan.few)
-            if not four_bit and plan.few == plan.many:
+            as_stored = _as_stored(weight) if plan.quantized else None
+            self._few = as_stored or _packed(weight, plan.few)
+            if as_stored is None and plan.few == plan.many:
                 self._many = self._few
         if self._many is None and plan.few_rows < 1 << 30:
-            self._many = _packed(weight, kind, plan.many)
+            self._many = _packed(weight, plan.many)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [M, K] -> [M, N] in plan.dtype(M)."""
@@ -122,23 +126,52 @@ class Linear:
         return y.add_(self._bias[dtype]) if self._bias else y
 
 
-def _int4(raw: torch.Tensor, kind: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The op's weight is (q - 8) s + z, so s = d and z = m + 8 d, in bf16."""
-    q, d, m = four_bit_parts(raw, kind)
+def _as_stored(weight: Weight) -> Multiply | None:
+    """By one of torch's ops for quantised weights (bf16 activations, scales and minima); None where there is none."""
+    q, d, n = weight.q, weight.d, weight.q.shape[0]
+    if d is None or n % 16:
+        return None
+    if q.dtype == torch.int8 and weight.z is None and weight.m is None and d.shape[1] == 1:
+        scale, q = d[:, 0].bfloat16(), q.contiguous()
+        return _reordered(weight, lambda x: torch.ops.aten._weight_int8pack_mm(x, q, scale))
+    group = next((g for g in (256, 128, 64, 32) if weight.group % g == 0 and q.shape[1] % g == 0), 0)
+    if weight.bits != 4 or not group:
+        return None
+    # The op's weight is (q - 8) s + z, so s = d and z = m + 8 d.
+    minimum = weight.minimum()
+    assert minimum is not None
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
-    scales = torch.stack([d.float(), m.float() + 8 * d.float()], -1).transpose(0, 1).bfloat16().contiguous()
+    scales = torch.stack([d.float(), minimum + 8 * d.float()], -1).repeat_interleave(weight.group // group, 1)
+    scales = scales[:, : q.shape[1] // group].transpose(0, 1).bfloat16().contiguous()
     op = torch.ops.aten._weight_int4pack_mm_for_cpu
-    return lambda x: op(x, packed, 32, scales)
+    return _reordered(weight, lambda x: op(x, packed, group, scales))
 
 
-def _packed(raw: torch.Tensor, kind: str, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight = (
-        torch.cat([dequantize(rows, kind, dtype) for rows in raw.split(SLAB)])
-        if len(raw) > SLAB
-        else (dequantize(raw, kind, dtype))
-    )
+def _reordered(weight: Weight, multiply: Multiply) -> Multiply:
+    order = weight.order
+    return multiply if order is None else lambda x: multiply(x.index_select(1, order))
+
+
+def _int8(weight: Weight) -> Multiply:
+    """int8 x int8: each row of x is rounded to 127 steps on either side of 0. The sums are whole numbers, hence exact
+    and the same in any batch."""
+    assert weight.d is not None
+    q, scale = weight.q.contiguous().t(), weight.d[:, 0].float().contiguous()
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        step = x.abs().amax(-1, keepdim=True).float().div_(127).clamp_(min=1e-30)
+        sums = torch._int_mm((x / step).round_().to(torch.int8), q)
+        return (sums * scale).mul_(step).to(x.dtype)
+
+    return multiply
+
+
+def _packed(weight: Weight, dtype: torch.dtype) -> Multiply:
+    n = weight.q.shape[0]
+    slabs = [dequantize(weight[i : i + SLAB], dtype) for i in range(0, n, SLAB)]
+    dense = torch.cat(slabs) if len(slabs) > 1 else slabs[0]
     if "onednn" not in cpu_features():
-        return lambda x: F.linear(x, weight)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
+        return lambda x: F.linear(x, dense)
+    packed = torch.ops.mkldnn._reorder_linear_weight(dense.contiguous(), 16)
     op = torch.ops.mkldnn._linear_pointwise
     return lambda x: op(x, packed, None, "none", [], "")

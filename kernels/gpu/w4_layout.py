@@ -29,8 +29,9 @@ import math
 
 import torch
 
+from kernels.formats import Weight
+
 FP16_MAX = 65504.0
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of an AWQ word is column AWQ_ORDER[i] of its eight
 SHIFTS = {(0, 0): 6, (0, 1): 22, (1, 0): 2, (1, 1): 18}  # (n / 8 % 2, k % 2) -> bit, in pair 0
 
 
@@ -111,60 +112,17 @@ def unpack(w: W4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, d.reshape(w.n, -1), m.reshape(w.n, -1)
 
 
-# What the files hold -> (q, d, m, zero_point), the arguments of pack().
+# (q, d, m, zero_point), the arguments of pack().
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]
 
 
-def from_gguf(raw: torch.Tensor, kind: str) -> Parts:
-    """raw uint8 [N, bytes of a row] as in the file; kind "Q4_0" or "Q4_1". Blocks of 32: fp16 d (and m), then 16 bytes
-    whose low nibbles are the first half."""
-    head = {"Q4_0": 2, "Q4_1": 4}[kind]
-    blocks = raw.view(raw.shape[0], -1, head + 16)
-    dm = blocks[..., :head].contiguous().view(torch.float16)
-    q = torch.cat([blocks[..., head:] & 15, blocks[..., head:] >> 4], -1).flatten(1)
-    d = dm[..., 0]
-    return q, d, dm[..., 1] if kind == "Q4_1" else d * -8, False
-
-
-def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> Parts:
-    """AutoAWQ's GEMM format: qweight int32 [K, N/8], qzeros int32 [K/G, N/8], scales [K/G, N]."""
-    order = torch.tensor(AWQ_ORDER, device=qweight.device).argsort() * 4  # column j of eight sits in nibble order[j]
-    q = (qweight.unsqueeze(-1) >> order & 15).to(torch.uint8).flatten(1)
-    z = (qzeros.unsqueeze(-1) >> order & 15).flatten(1)
-    return _zero_points(q.t().contiguous(), scales.t(), z.t())
-
-
-def from_gptq(
-    qweight: torch.Tensor,
-    qzeros: torch.Tensor,
-    scales: torch.Tensor,
-    g_idx: torch.Tensor | None = None,
-    *,
-    v2: bool = False,
-) -> tuple[Parts, torch.Tensor | None]:
-    """GPTQ: qweight int32 [K/8, N], qzeros int32 [K/G, N/8] (one less than the zero point unless `v2`), scales [K/G,
-    N], g_idx int32 [K].
-
-    With act-order (g_idx not sorted) the columns are sorted by group and the order is returned as int64 [K]: multiply
-    x[:, order], or permute once whatever makes x. ValueError if the groups are not all of one size.
-    """
-    shifts = torch.arange(0, 32, 4, device=qweight.device)
-    q = (qweight.unsqueeze(1) >> shifts[:, None] & 15).to(torch.uint8).flatten(0, 1).t().contiguous()
-    z = (qzeros.unsqueeze(-1) >> shifts & 15).flatten(1) + (0 if v2 else 1)
-    order = None
-    if g_idx is not None:
-        even = torch.arange(len(g_idx), device=g_idx.device) // (len(g_idx) // scales.shape[0])
-        if not torch.equal(g_idx.long(), even):
-            order = g_idx.argsort(stable=True)
-            if not torch.equal(g_idx[order].long(), even):
-                raise ValueError("GPTQ g_idx has groups of different sizes; all groups must have group_size columns")
-            q = q[:, order]
-    return _zero_points(q, scales.t(), z.t()), order
-
-
-def _zero_points(q: torch.Tensor, d: torch.Tensor, z: torch.Tensor) -> Parts:
-    """Minima where fp16 holds all of them exactly (symmetric GPTQ: z = 8), zero points otherwise."""
-    m = -z.double() * d.double()
-    if torch.equal(m.half().double(), m):
-        return q, d, m.half(), False
-    return q, d, z.half(), True
+def parts(weight: Weight) -> Parts:
+    """Of a 4-bit weight. Minima where fp16 holds all of them exactly (symmetric GPTQ: z = 8), zero points otherwise."""
+    q, d, m, z = weight.q, weight.d, weight.m, weight.z
+    assert d is not None and weight.bits == 4
+    if z is not None:
+        m = -z.double() * d.double()
+        if not torch.equal(m.half().double(), m):
+            return q, d, z.half(), True
+    assert m is not None
+    return q, d, m, False

@@ -144,7 +144,7 @@ def test_stretched_context_is_the_context() -> None:
         ({"max_position_embeddings": -5}, "max_position_embeddings"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"compression_config": {"format": "pack-quantized"}}, "compression_config"),
         ({"num_local_experts": 8}, "num_local_experts is 8"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "rope_scaling: rope_type is 'ntk'"),

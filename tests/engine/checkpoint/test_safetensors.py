@@ -102,7 +102,7 @@ LIES: dict[str, tuple[Any, bytes, int | None, str]] = {
     "shape of bools": ({"a": tensor(0, 4, [True])}, bytes(4), None, "'a' has no proper"),
     "nine dimensions": ({"a": tensor(0, 4, [1] * 9)}, bytes(4), None, "'a' has no proper"),
     "three offsets": ({"a": tensor(0, 4, [1]) | {"data_offsets": [0, 4, 8]}}, bytes(8), None, "'a' has no proper"),
-    "unknown dtype": ({"a": tensor(0, 4, [4], "F8_E4M3")}, bytes(4), None, "dtype F8_E4M3; supported: F32"),
+    "unknown dtype": ({"a": tensor(0, 4, [4], "F8_E5M2")}, bytes(4), None, "dtype F8_E5M2; supported: F32"),
     "dtype is a list": ({"a": tensor(0, 4, [1]) | {"dtype": ["F32"]}}, bytes(4), None, "dtype ['F32']"),
     "end beyond the data": ({"a": tensor(0, 8, [2])}, bytes(4), None, "outside the 4 bytes"),
     "end before start": ({"a": tensor(4, 0, [1])}, bytes(4), None, "outside the 4 bytes"),

@@ -21,7 +21,7 @@ from engine.core.runner import Runner
 from engine.errors import CapacityError
 from engine.messages import EngineOptions, Output, Request, SamplingParams
 from engine.scheduling.scheduler import Scheduler
-from kernels.formats import dequantize
+from kernels.formats import decode, dequantize
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=2)
 PROMPTS = [[5, 9, 300], [17], [40 + i for i in range(19)]]
@@ -192,7 +192,7 @@ def four_bit(folder: Path, kind: str) -> Checkpoint:
     for name, tensor in tensors.items():
         if len(tensor.shape) == 2:
             raw = torch.from_numpy(tensor.data.copy()).view(tensor.shape[0], -1)
-            values = dequantize(raw, tensor.dtype).numpy()
+            values = dequantize(decode(tensor.dtype, {"": raw})).numpy()
             data = quants.quantize(values, GGMLQuantizationType[kind])
             tensors[name] = StoredTensor(name, kind, tensor.shape, data)
     return dataclasses.replace(checkpoint, tensors=tensors, quantization=kind)

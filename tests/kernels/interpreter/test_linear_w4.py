@@ -94,56 +94,6 @@ def test_pack_round_trip_is_exact(kw: int, group: int | str, zero_point: bool) -
 # File formats: each made by hand from integers, as its project writes it
 
 
-def test_gguf_equals_the_gguf_package() -> None:
-    import numpy as np
-    from gguf import GGMLQuantizationType, quants
-
-    rng = np.random.default_rng(0)
-    values = rng.standard_normal((16, 128)).astype(np.float32)
-    for kind in ("Q4_0", "Q4_1"):
-        raw = quants.quantize(values, GGMLQuantizationType[kind])
-        w = oracle.dequantise(*w4_layout.from_gguf(torch.from_numpy(raw), kind))
-        assert torch.equal(w, torch.from_numpy(quants.dequantize(raw, GGMLQuantizationType[kind])))
-
-
-def words_of(nibbles: torch.Tensor) -> torch.Tensor:
-    """[..., 8] values 0..15, lowest bits first -> int32 [...]."""
-    return (nibbles.long() << (torch.arange(8) * 4)).sum(-1).to(torch.int32)
-
-
-@pytest.mark.parametrize("symmetric", (True, False))
-def test_awq(symmetric: bool) -> None:
-    q, d, z, _ = random_parts(64, 256, 128, zero_point=True)
-    z = torch.full_like(z, 8) if symmetric else z.clamp(max=15)
-    order = torch.tensor(w4_layout.AWQ_ORDER)
-    qweight = words_of(q.t().reshape(256, 8, 8)[..., order])
-    qzeros = words_of(z.t().reshape(2, 8, 8)[..., order])
-    parts = w4_layout.from_awq(qweight, qzeros, d.t())
-    assert parts[3] == (not symmetric)  # -8 d is exact in fp16, -7 d is not
-    assert torch.equal(
-        oracle.dequantise(*parts),
-        (q.float() - z.float().repeat_interleave(128, 1)) * d.float().repeat_interleave(128, 1),
-    )
-
-
-@pytest.mark.parametrize("v2", (True, False))
-@pytest.mark.parametrize("act_order", (True, False))
-def test_gptq(v2: bool, act_order: bool) -> None:
-    q, d, z, _ = random_parts(64, 256, 64, zero_point=True)
-    z = z.clamp(0, 15) if v2 else z.clamp(min=1)
-    g_idx = torch.arange(256) // 64
-    if act_order:
-        g_idx = g_idx[torch.randperm(256, generator=torch.Generator().manual_seed(1))]
-    qweight = words_of(q.t().reshape(32, 8, 64).transpose(1, 2))
-    qzeros = words_of((z.t() - (0 if v2 else 1)).reshape(4, 8, 8))
-    parts, order = w4_layout.from_gptq(qweight, qzeros, d.t(), g_idx, v2=v2)
-    assert (order is not None) == act_order
-    w = (q.float() - z.float()[:, g_idx]) * d.float()[:, g_idx]
-    assert torch.equal(oracle.dequantise(*parts), w if order is None else w[:, order])
-    with pytest.raises(ValueError, match="groups of different sizes"):
-        w4_layout.from_gptq(qweight, qzeros, d.t(), torch.zeros(256, dtype=torch.int32), v2=v2)
-
-
 # Kernel
 
 
