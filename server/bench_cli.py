@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,7 +12,7 @@ from bench.serving.options import ServeOptions
 from engine.errors import FenError
 from engine.messages import EngineOptions
 from server.bench_flags import SERVE, ManyWords
-from server.flags import engine_options, options_of
+from server.flags import PriceOption, engine_options, options_of
 
 bench = typer.Typer(help="Measure the engine.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -74,6 +74,36 @@ def latency(
     from bench.latency import run
 
     run(engine, prompt_tokens, new_tokens, repetitions, json)
+
+
+@bench.command()
+def ladder(
+    model: Annotated[str, typer.Option(help="As for fen serve.")] = EngineOptions().model,
+    load_format: Annotated[Literal["auto", "dummy"], typer.Option(help="As for fen serve.")] = "auto",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Which rungs: those of a CPU or of a GPU.")] = "cpu",
+    threads: Threads = None,
+    price: PriceOption = None,
+    json: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where the result is kept; default: in bench/results.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the result of a run that was cut short.")
+    ] = False,
+) -> None:
+    """Measure the cost ladder: one workload, and one technique more on each rung.
+
+    From plain PyTorch, one request at a time, to everything that this engine does on the device; with US$ per million
+    tokens and what each rung changes in the answers. About half an hour on two cores; Ctrl-C keeps what was measured.
+    """
+    check_installation()
+    from pathlib import Path
+
+    from bench.ladder import run
+    from bench.prices import parse_price
+
+    known = None if price is None else parse_price(price)
+    data = run(model, load_format, device, threads, known, None if json is None else Path(json), resume)
+    raise typer.Exit(0 if data["complete"] else 130)
 
 
 @bench.command()

@@ -1,0 +1,366 @@
+"""One part of the ladder, in a process of its own: the machine's ceilings, the baseline's checks, or a rung.
+
+What to do comes as one JSON object on stdin; what was found leaves as JSON lines on stdout: {"progress": [done, of]},
+{"request": ...} after each request of a rung that takes them one at a time (so that a run cut short keeps them),
+{"result": ...}, or {"error": sentence}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench.ceilings import Ceilings, measure_ceilings, read_bandwidth
+from bench.ladder_workload import Rung, Task, Workload, floor_seconds, tasks
+from bench.latency import bytes_read
+from bench.plain import DTYPES, PlainModel
+from bench.prompts import make_prompt, prose_tokens
+from engine.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from engine.core.build import build_core
+from engine.errors import FenError
+from engine.ledger import CLASSES
+from engine.messages import EngineOptions, Request, SamplingParams
+from kernels.formats import dequantize
+
+Emit = Callable[[dict[str, Any]], None]
+BASELINE_REQUESTS = 3  # on which plain PyTorch and transformers take turns
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where and on what: device "cpu" or "cuda", threads of the CPU (None: the engine's choice)."""
+
+    model: str
+    load_format: str
+    device: str
+    threads: int | None
+
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.model, self.load_format)
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def dense(checkpoint: Checkpoint) -> Checkpoint:
+    """The same weights, dequantised once to bfloat16."""
+
+    def stored(tensor: StoredTensor) -> StoredTensor:
+        if tensor.dtype in ("BF16", "F32", "F16"):
+            return tensor
+
+        def values() -> Any:
+            raw = torch.from_numpy(tensor.data.copy()).view(tensor.shape[0], -1)
+            return dequantize(raw, tensor.dtype, torch.bfloat16).view(torch.uint8).numpy()
+
+        return StoredTensor(tensor.name, "BF16", tensor.shape, values)
+
+    tensors = {name: stored(tensor) for name, tensor in checkpoint.tensors.items()}
+    return dataclasses.replace(checkpoint, quantization="bfloat16", tensors=tensors)
+
+
+def ceilings(place: Place, small: bool) -> dict[str, Any]:
+    """bench.ceilings, and the rate of 8-bit products where this CPU has them."""
+    limits = measure_ceilings(torch.device(place.device), small)
+    if place.device == "cpu" and not small:
+        weights = bytes_read(place.checkpoint())
+        limits = dataclasses.replace(limits, bandwidth=max(limits.bandwidth, read_bandwidth(weights)))
+    rates = limits.rates | {"16-bit": max(limits.rates.values()), "int8": int8_rate(place, 64 if small else 1024)}
+    return dataclasses.asdict(dataclasses.replace(limits, rates=rates))
+
+
+def int8_rate(place: Place, size: int) -> float:
+    """Operations a second of an 8-bit product."""
+    a = torch.ones(size, size, dtype=torch.int8, device=place.device)
+    best = math.inf
+    for _ in range(9):
+        started = time.perf_counter()
+        torch._int_mm(a, a.t())
+        place.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best
+
+
+def baseline(place: Place, workload: Workload, emit: Emit) -> dict[str, Any]:
+    """Which plain dtype is fastest, and how plain PyTorch in it stands to transformers.generate in its fastest."""
+    checkpoint = place.checkpoint()
+    work = tasks(workload, prose_tokens(checkpoint.tokenizer))
+    taken = work[: min(BASELINE_REQUESTS + 1, len(work))]
+    steps, done = 2 * len(DTYPES) + 2 * len(taken), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        emit({"progress": [done, steps]})
+
+    trial = Task(taken[0].prompt, min(32, taken[0].new_tokens))
+    plain: dict[str, float] = {}
+    peer: dict[str, float] = {}
+    for dtype in DTYPES:
+        model = PlainModel(checkpoint, getattr(torch, dtype), workload.longest, place.device)
+        model.generate(trial.prompt, 4)
+        plain[dtype] = sum(model.generate(trial.prompt, trial.new_tokens)[:2])
+        del model
+        step()
+        other = _transformers(place, checkpoint, dtype)
+        _generate(place, other, Task(trial.prompt, 4))
+        peer[dtype] = _generate(place, other, trial)[0]
+        del other
+        step()
+    best, best_peer = min(plain, key=plain.__getitem__), min(peer, key=peer.__getitem__)
+    model = PlainModel(checkpoint, getattr(torch, best), workload.longest, place.device)
+    other = _transformers(place, checkpoint, best_peer)
+    model.generate(trial.prompt, 4)
+    _generate(place, other, Task(trial.prompt, 4))
+    ours = theirs = 0.0
+    same = 0
+    for task in taken:  # they take turns
+        first, rest, tokens = model.generate(task.prompt, task.new_tokens)
+        ours += first + rest
+        step()
+        seconds, text = _generate(place, other, task)
+        theirs += seconds
+        same += sum(a == b for a, b in zip(tokens, text, strict=True))
+        step()
+    import transformers
+
+    return {
+        "dtype": best,
+        "plain_trial_seconds": plain,
+        "transformers_trial_seconds": peer,
+        "trial": {"prompt_tokens": len(trial.prompt), "new_tokens": trial.new_tokens},
+        "transformers_dtype": best_peer,
+        "transformers_version": transformers.__version__,
+        "requests": len(taken),
+        "plain_seconds": ours,
+        "transformers_seconds": theirs,
+        "speed_against_transformers": theirs / ours,
+        "same_tokens": same / sum(task.new_tokens for task in taken),
+    }
+
+
+def _transformers(place: Place, checkpoint: Checkpoint, dtype: str) -> Any:
+    from bench.peers.transformers_eager import load_model, random_model
+
+    if checkpoint.format == "dummy":
+        return random_model(checkpoint.config, dtype, place.device)
+    return load_model(checkpoint.path, dtype).to(place.device)
+
+
+@torch.inference_mode()
+def _generate(place: Place, model: Any, task: Task) -> tuple[float, list[int]]:
+    """transformers' own generate(): greedy, past any end-of-text token."""
+    prompt = torch.tensor([task.prompt], device=place.device)
+    model.generation_config.eos_token_id = None
+    started = time.monotonic()
+    out = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=task.new_tokens,
+        min_new_tokens=task.new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    tokens = out[0, len(task.prompt) :].tolist()
+    return time.monotonic() - started, tokens
+
+
+class PlainRung:
+    """bench.plain behind what a rung needs."""
+
+    def __init__(self, place: Place, workload: Workload, dtype: str):
+        checkpoint = place.checkpoint()
+        self.checkpoint = checkpoint
+        self.model = PlainModel(checkpoint, getattr(torch, dtype), workload.longest, place.device)
+        self.weight_bytes = float(self.model.weight_bytes)
+        config = checkpoint.config
+        self.kv_bytes = 2.0 * config.num_layers * config.num_kv_heads * config.head_dim * self.model.dtype.itemsize
+        self.settings = f"{dtype} weights and activations, KV cache allocated once, scaled_dot_product_attention"
+        self.rate = "float32" if dtype == "float32" else "16-bit"
+        self.model.generate(make_prompt(prose_tokens(checkpoint.tokenizer), 64), 4)
+
+    def one(self, task: Task) -> dict[str, Any]:
+        prompt, decode, tokens = self.model.generate(task.prompt, task.new_tokens)
+        counts = {"prompt": len(task.prompt), "cached_prompt": 0, "decode": len(tokens)}
+        return {"seconds": {"prompt": prompt, "decode": decode}, "tokens": counts, "texts": [_text(tokens)]}
+
+    def logits(self, tokens: list[int], start: int) -> torch.Tensor:
+        return self.model.forward(torch.tensor(tokens, device=self.model.device), start, last=False).float().cpu()
+
+
+class EngineRung:
+    """The engine in this process, behind what a rung needs: its scheduler, paging, sampler, loop and ledger."""
+
+    def __init__(self, place: Place, workload: Workload, rung: Rung):
+        checkpoint = place.checkpoint()
+        if rung.weights == "dense":
+            checkpoint = dense(checkpoint)
+        self.checkpoint = checkpoint
+        slots = 1 if rung.sequential else workload.concurrency
+        options = {
+            "model": place.model, "load_format": place.load_format, "device": place.device, "threads": place.threads,
+            "max_num_seqs": slots, "max_model_len": workload.longest + 1,
+            "kv_cache_tokens": (workload.concurrency + 4) * (workload.longest + 64),
+        }  # fmt: skip
+        self.core, self.info, _ = build_core(EngineOptions(**(options | rung.options)), checkpoint=checkpoint)
+        info = self.info
+        plan = getattr(self.core.runner, "_plan", None)
+        few = plan is None or slots <= plan.few_rows
+        int8 = plan is not None and not few and plan.many == torch.int8
+        self.rate = "int8" if int8 else "16-bit"
+        self.kv_bytes = info.kv_cache_bytes / (info.num_blocks * info.block_size)
+        stored = float(bytes_read(checkpoint))
+        self.weight_bytes = stored if few else info.parameters * (1.0 if int8 else 2.0)
+        self.settings = (
+            f"{info.quantization} weights, {info.dtype} activations, KV blocks of {info.block_size}, "
+            f"max_num_seqs {slots}, prefix cache {'on' if self.core.scheduler.enable_prefix_caching else 'off'}"
+        )
+        prose = prose_tokens(checkpoint.tokenizer)
+        warm = [make_prompt(prose[::-1], min(512, workload.longest - 8), i) for i in range(slots)]
+        self._run([Task(prompt, 3) for prompt in warm], lambda done: None)
+
+    def one(self, task: Task) -> dict[str, Any]:
+        return self.all([task], lambda done: None)
+
+    def all(self, work: list[Task], on_done: Callable[[int], None]) -> dict[str, Any]:
+        before = self.core.stats().ledger
+        texts = self._run(work, on_done)
+        after = self.core.stats().ledger
+        assert before is not None and after is not None
+        return {
+            "seconds": {name: after.seconds[name] - before.seconds[name] for name in CLASSES},
+            "tokens": {name: after.tokens[name] - before.tokens[name] for name in after.tokens},
+            "texts": [_text(text) for text in texts],
+        }
+
+    def _run(self, work: list[Task], on_done: Callable[[int], None]) -> list[list[int]]:
+        texts: list[list[int]] = [[] for _ in work]
+        done = 0
+        for i, task in enumerate(work):
+            params = SamplingParams(max_tokens=task.new_tokens, temperature=0.0, ignore_eos=True)
+            request = Request(id=str(i), prompt=task.prompt, params=params, arrival=time.monotonic())
+            self.core.add(request)
+        while self.core.has_work:
+            for output in self.core.step():
+                if output.error:
+                    raise FenError(output.error)
+                texts[int(output.id)] += output.tokens
+                if output.finish_reason:
+                    done += 1
+                    on_done(done)
+        return texts
+
+    def logits(self, tokens: list[int], start: int) -> torch.Tensor:
+        return self.core.runner.logits(tokens, start).cpu()  # type: ignore[attr-defined]
+
+
+def measure(
+    place: Place,
+    workload: Workload,
+    rung: Rung,
+    dtype: str,
+    limits: Ceilings,
+    done: list[dict[str, Any]],
+    emit: Emit,
+) -> dict[str, Any]:
+    """The workload on one rung. `done`: what an earlier run has measured, of a rung that takes one at a time."""
+    if place.threads:
+        torch.set_num_threads(place.threads)
+    model = PlainRung(place, workload, dtype) if rung.runs == "plain" else EngineRung(place, workload, rung)
+    prose = prose_tokens(model.checkpoint.tokenizer)
+    work = tasks(workload, prose)
+    if rung.sequential:
+        parts = list(done)
+        for i, task in enumerate(work[len(parts) :], len(parts) + 1):
+            parts.append(model.one(task))
+            emit({"request": parts[-1]})
+            emit({"progress": [i, len(work)]})
+    else:
+        assert isinstance(model, EngineRung)
+        parts = [model.all(work, lambda finished: emit({"progress": [finished, len(work)]}))]
+    seconds = {name: sum(part["seconds"].get(name, 0.0) for part in parts) for name in CLASSES}
+    tokens = {name: sum(part["tokens"][name] for part in parts) for name in parts[0]["tokens"]}
+    rows = 1 if rung.sequential else workload.concurrency
+    best, nll = quality(model.logits, make_prompt(prose, workload.quality_tokens), rows)
+    floor = floor_seconds(
+        work,
+        model.checkpoint.config,
+        limits,
+        batch=rows,
+        rate=model.rate,
+        weight_bytes=model.weight_bytes,
+        kv_bytes=model.kv_bytes,
+        cached_tokens=tokens["cached_prompt"],
+    )
+    return {
+        "settings": model.settings,
+        "roofline_seconds": floor,
+        "device_seconds": seconds,
+        "tokens": tokens,
+        "batch": rows,
+        "rate": model.rate,
+        "weight_bytes": model.weight_bytes,
+        "kv_bytes_per_token": model.kv_bytes,
+        "perplexity": math.exp(nll),
+        "best_tokens": _text(best),
+        "texts": [text for part in parts for text in part["texts"]],
+    }
+
+
+def _text(tokens: list[int]) -> str:
+    """Token ids as JSON keeps them on one line."""
+    return " ".join(map(str, tokens))
+
+
+def quality(logits: Callable[[list[int], int], torch.Tensor], text: list[int], rows: int) -> tuple[list[int], float]:
+    """The most likely token at each position of the text but the last, computed `rows` positions at a time, as the rung
+    computes its answers; and the mean negative log-likelihood of the text, nats."""
+    parts = [logits(text[i : i + rows], i) for i in range(0, len(text) - 1, rows)]
+    all_rows = torch.cat(parts)[: len(text) - 1].float()
+    chosen = all_rows.log_softmax(-1).gather(1, torch.tensor(text[1:]).unsqueeze(1))
+    return all_rows.argmax(-1).tolist(), -chosen.mean().item()
+
+
+def main() -> None:
+    import msgspec
+
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not end up between the lines
+
+    def emit(found: dict[str, Any]) -> None:
+        lines.write(json.dumps(found) + "\n")
+        lines.flush()
+
+    asked = json.load(sys.stdin)
+    place = Place(**asked["place"])
+    torch.set_grad_enabled(False)
+    if place.threads:
+        torch.set_num_threads(place.threads)
+    try:
+        workload = msgspec.convert(asked["workload"], Workload)
+        if asked["part"] == "ceilings":
+            found = ceilings(place, asked["small"])
+        elif asked["part"] == "baseline":
+            found = baseline(place, workload, emit)
+        else:
+            rung = msgspec.convert(asked["rung"], Rung)
+            found = measure(place, workload, rung, asked["dtype"], Ceilings(**asked["ceilings"]), asked["done"], emit)
+    except FenError as error:
+        emit({"error": str(error)})
+    except KeyboardInterrupt:
+        sys.exit(130)
+    else:
+        emit({"result": found})
+
+
+if __name__ == "__main__":
+    main()
