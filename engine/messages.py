@@ -30,6 +30,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    grammar: str = ""  # what the answer must match: llguidance's Lark or JSON (engine.grammar); empty: anything
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

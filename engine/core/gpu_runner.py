@@ -88,6 +88,7 @@ class GpuRunner:
     fatal = (torch.AcceleratorError,)
     preparing = ""
     contiguous = False
+    grammars = None
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import logging
 import time
@@ -10,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from engine.core.step import StepResult, StepRunner
-from engine.errors import FenError, is_out_of_memory
+from engine.errors import FenError, RequestError, is_out_of_memory
+from engine.grammar import Guide
 from engine.ledger import Ledger
 from engine.messages import EngineStats, Output, Request, TokenLogprob
 from engine.scheduling.scheduler import Chunk, Schedule, Scheduler
@@ -30,11 +32,17 @@ class EngineCore:
         self.forecast = 0.0  # seconds that the step under way should take
         self._in_flight: deque[tuple[Schedule, float, Any]] = deque()  # with the time of the launch, and its handle
         self._outputs: list[Output] = []  # to be returned by step()
+        self._compiling: dict[Sequence, concurrent.futures.Future[Guide]] = {}  # not to be scheduled before that is done
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}  # of requests that ask for them, until sent
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises RequestError if it can never be served (the engine process answers `Refused`)."""
-        self.scheduler.add(request)
+        grammars, grammar = self.runner.grammars if request.params.grammar else None, request.params.grammar
+        if grammar and grammars is None:
+            raise RequestError("Structured output and tools that are required run on the CPU only.", "grammar")
+        sequence = self.scheduler.add(request, wait=grammars is not None)
+        if grammars is not None:
+            self._compiling[sequence] = grammars.start(grammar)
         self.ledger.runnable(self.clock(), True)
         if request.params.prompt_logprobs is not None:
             self._prompt_logprobs[request.id] = [None]
@@ -73,13 +81,26 @@ class EngineCore:
 
     def step(self) -> list[Output]:
         """Launches the next step and finishes an earlier one, so that at most `runner.depth` stay in flight."""
+        self._take_compiled()
         schedule = self.scheduler.schedule()
         if schedule is not None:
             self._launch(schedule)
+        elif self._compiling and not self._in_flight:
+            concurrent.futures.wait(self._compiling.values(), 0.02, concurrent.futures.FIRST_COMPLETED)
         if self._in_flight and (schedule is None or len(self._in_flight) > self.runner.depth):
             self._finish()
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def _take_compiled(self) -> None:
+        for sequence, future in [entry for entry in self._compiling.items() if entry[1].done()]:
+            del self._compiling[sequence]
+            error = future.exception()
+            if error is None:
+                sequence.guide = future.result()
+                self.scheduler.wake(sequence)
+            elif sequence.finish_reason is None:
+                self._fail(sequence, f"The grammar cannot be followed: {error}")
 
     def _launch(self, schedule: Schedule) -> None:
         now = self.clock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol
 
+from engine.grammar import Grammars
 from engine.messages import TokenLogprob
 from engine.scheduling.scheduler import Schedule
 from engine.scheduling.sequence import Sequence
@@ -45,6 +46,10 @@ class StepRunner(Protocol):
     @property
     def preparing(self) -> str:
         """What launches do once and may take long over: "compiling", "capturing"; "" while they do nothing of it."""
+
+    @property
+    def grammars(self) -> Grammars | None:
+        """Compiles what `Sequence.guide` follows; None if this runner cannot follow grammars."""
 
     def launch(self, schedule: Schedule) -> Any:
         """Starts a step and returns a handle for `finish`."""

@@ -37,7 +37,7 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[int | None]:
         """logits float32 [S, V], row i for the next token of sequences[i]. None where a row is not finite at its
-        maximum."""
+        maximum, or its grammar cannot be followed."""
         best, argmax = logits.max(-1)
         best_values, tokens = best.tolist(), argmax.tolist()
         chosen: list[int | None] = []
@@ -49,6 +49,9 @@ class Sampler:
             scores = logits[row]
             if _adjusts(params, sequence):
                 scores = self._adjust(scores, sequence)
+                if sequence.guide is not None and sequence.guide.error:
+                    chosen.append(None)
+                    continue
                 if params.temperature == 0:
                     tokens[row] = int(scores.argmax())
             chosen.append(tokens[row] if params.temperature == 0 else self._draw(scores, sequence))
@@ -58,7 +61,7 @@ class Sampler:
         self._seen.pop(sequence.id, None)
 
     def _adjust(self, logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-        """Bias, then the repetition penalty on all tokens seen, then presence and frequency on those generated."""
+        """Bias, then the repetition penalty on all tokens seen, presence and frequency on those generated, the grammar."""
         params = sequence.request.params
         scores = logits.clone()
         if params.logit_bias:
@@ -74,6 +77,13 @@ class Sampler:
             scores -= params.presence_penalty * generated + params.frequency_penalty * seen.counts
         if sequence.num_generated < params.min_tokens:
             scores[[*sequence.eos_token_ids, *params.stop_token_ids]] = -torch.inf
+        if sequence.guide is not None:
+            if params.ignore_eos:
+                scores[list(sequence.eos_token_ids)] = -torch.inf
+            forbidden = torch.from_numpy(~sequence.guide.allowed())
+            scores = scores.masked_fill_(forbidden, -torch.inf)
+            if scores.max() == -torch.inf:  # the text is complete: only the banned end is left
+                scores = logits.masked_fill(forbidden, -torch.inf)
         return scores
 
     def _update_seen(self, sequence: Sequence, vocab_size: int) -> Seen:
@@ -112,7 +122,8 @@ def seed_of(sequence: Sequence, engine_seed: int) -> int:
 
 
 def _adjusts(params: SamplingParams, sequence: Sequence) -> bool:
-    return bool(params.logit_bias) or _penalises(params) or sequence.num_generated < params.min_tokens
+    biased = bool(params.logit_bias) or _penalises(params) or sequence.num_generated < params.min_tokens
+    return biased or sequence.guide is not None
 
 
 def _penalises(params: SamplingParams) -> bool:

@@ -111,8 +111,8 @@ class Scheduler:
 
     # What comes in and goes out.
 
-    def add(self, request: Request) -> Sequence:
-        """Queues a request. Raises RequestError if it can never be served."""
+    def add(self, request: Request, wait: bool = False) -> Sequence:
+        """Queues a request. Raises RequestError if it can never be served. wait: not to be scheduled before `wake`."""
         prompt_len, params = len(request.prompt), request.params
         if request.id in self.sequences:
             raise RequestError(f"The request id {request.id!r} is in use; ids must be unique.", "id")
@@ -136,12 +136,21 @@ class Scheduler:
                 "max_tokens" if self._blocks_for(prompt_len) <= self.pool.num_blocks else "prompt",
                 "context_length_exceeded",
             )
-        eos = frozenset() if params.ignore_eos else self._eos_token_ids
+        eos = frozenset() if params.ignore_eos and not params.grammar else self._eos_token_ids
         sequence = Sequence(request, self._number, prompt_len, max_len, max_computed, eos, list(request.prompt))
         self._number += 1
         self.sequences[request.id] = sequence
-        self._push_waiting(sequence)
+        if wait:
+            self._num_waiting += 1
+        else:
+            self._push_waiting(sequence)
         return sequence
+
+    def wake(self, sequence: Sequence) -> None:
+        """Queues a sequence that was added to wait."""
+        if sequence.state is State.WAITING:
+            self._num_waiting -= 1
+            self._push_waiting(sequence)
 
     def cancel(self, id: str) -> Sequence | None:
         """Ends a request now, as "abort"; None if there is none of that id (any more). Its blocks are free at once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from engine.grammar import Guide
 from engine.messages import Request
 
 
@@ -50,6 +51,7 @@ class Sequence:
     refused_free: int | None = None  # free blocks when its admission was last refused: pointless to retry with no more
     first_scheduled: float | None = None  # seconds, the engine's clock
     slot: int | None = None  # the runner's own
+    guide: Guide | None = None  # where it is in its grammar; set before it is scheduled
 
     @property
     def id(self) -> str:
@@ -72,11 +74,12 @@ class Sequence:
     def append(self, token: int) -> None:
         """Takes a sampled token and sets `finish_reason` if it is the last one.
 
-        `min_tokens` holds back eos and stop tokens here as well as in the sampler, which does not draw them.
+        `min_tokens` holds back eos and stop tokens here as well as in the sampler, which does not draw them unless a
+        grammar allows nothing else.
         """
         self.tokens.append(token)
         params = self.request.params
-        if self.num_generated >= params.min_tokens:
+        if self.num_generated >= params.min_tokens or params.grammar:
             if token in self.eos_token_ids:
                 self.finish_reason = "stop"
                 return

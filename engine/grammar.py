@@ -1,0 +1,133 @@
+"""Structured output: which tokens a grammar allows a sequence next, by llguidance. Imports no torch.
+
+A grammar is text in llguidance's variant of Lark, or in its JSON. It is compiled, and each next mask is computed, in
+threads beside the loop: the native code gives the interpreter free meanwhile.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import os
+import sys
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from numpy.typing import NDArray
+
+from engine.checkpoint.tokenizer import Tokenizer
+from engine.errors import RequestError
+
+CACHED = 32  # compiled grammars that are kept
+MASK_SECONDS = 2.0  # a mask takes microseconds; a grammar whose mask takes this long fails its request
+MATCHERS = 4  # threads for masks: one is enough, unless a grammar goes wrong
+LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+_AT_ONCE: concurrent.futures.Future[None] = concurrent.futures.Future()
+_AT_ONCE.set_result(None)
+
+
+class Guide:
+    """Follows the generated tokens of one sequence. `mask`: int32 words, a bit for each token that is allowed next."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int):
+        self.matcher, self.vocab_size = matcher, vocab_size
+        self.mask = np.zeros(-(-vocab_size // 32), np.int32)
+        self.ready = _AT_ONCE
+        self.error: str | None = None
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Of each token, whether it may come next; waits for the mask. None may once `error` is set."""
+        try:
+            self.ready.result(MASK_SECONDS)
+            failed = self.matcher.is_error()
+        except Exception:
+            failed = True
+        if failed:
+            self.error = "The grammar became too complex at this point of the text to be followed; simplify it."
+            return np.zeros(self.vocab_size, np.bool_)
+        return np.unpackbits(self.mask.view(np.uint8), count=self.vocab_size, bitorder="little").view(np.bool_)
+
+
+class Grammars:
+    """Compiles for one tokenizer. vocab_size: of the model's logits. eos_ids: allowed where the grammar accepts."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]):
+        self._source, self.vocab_size, self._eos_ids = tokenizer, vocab_size, list(eos_ids)
+        self._compiled = functools.lru_cache(CACHED)(self._compile)
+        self._compiling = concurrent.futures.ThreadPoolExecutor(2, "grammar", _stand_back)
+        self._matching = concurrent.futures.ThreadPoolExecutor(MATCHERS, "mask")
+
+    def start(self, grammar: str) -> concurrent.futures.Future[Guide]:
+        """Compiles in a thread."""
+        return self._compiling.submit(self.guide, grammar)
+
+    def guide(self, grammar: str) -> Guide:
+        """At the beginning of a text, its first mask computed. Raises RequestError for what is no grammar."""
+        guide = Guide(self._compiled(grammar).deep_copy(), self.vocab_size)
+        self._fill([guide])
+        if guide.matcher.is_error():
+            raise RequestError(_reason(guide.matcher.get_error()))
+        return guide
+
+    def advance(self, drawn: list[tuple[Guide, int]]) -> None:
+        """Takes each sequence's next token; their next masks are computed together in a thread."""
+        if drawn:
+            ready = self._matching.submit(self._advance, drawn)
+            for guide, _ in drawn:
+                guide.ready = ready
+
+    def _advance(self, drawn: list[tuple[Guide, int]]) -> None:
+        self._threads.consume_token_par([(guide.matcher, token) for guide, token in drawn])
+        self._fill([guide for guide, _ in drawn])
+
+    def _fill(self, guides: list[Guide]) -> None:
+        masks = np.zeros((len(guides), len(guides[0].mask)), np.int32)
+        matchers = [(guide.matcher, row) for row, guide in enumerate(guides)]
+        self._threads.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, masks.strides[0], len(guides))
+        for guide, mask in zip(guides, masks, strict=True):
+            guide.mask = mask
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        matcher = LLMatcher(self.vocabulary, grammar, log_level=0, limits=LIMITS)
+        if matcher.is_error():
+            raise RequestError(_reason(matcher.get_error()))
+        return matcher
+
+    @functools.cached_property
+    def vocabulary(self) -> LLTokenizer:
+        """The tokenizer as llguidance needs it; made when first wanted, which takes half a second."""
+        wrapper = TokenizerWrapper(_Vocabulary(self._source, self.vocab_size, self._eos_ids))
+        return LLTokenizer(wrapper, n_vocab=self.vocab_size, eos_token=self._eos_ids)
+
+    @functools.cached_property
+    def _threads(self) -> LLExecutor:
+        return LLExecutor(1)
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: list[int]):
+        if not eos_ids:
+            raise RequestError("This model declares no end-of-sequence token, so that a grammar could never end.")
+        self.eos_token_id, self.bos_token_id = eos_ids[0], tokenizer.bos_id
+        self.tokens = [tokenizer.token_bytes(id) for id in range(vocab_size)]
+        self.special_token_ids = [id for id in range(vocab_size) if tokenizer.is_special(id)]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._tokenizer.encode(text.decode(), add_special_tokens=False, parse_special=False)
+
+
+def _stand_back() -> None:
+    """The steps of other requests come first: on Linux a niceness is the thread's own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def _reason(error: str) -> str:
+    """llguidance's message in one line, without the state of its parser."""
+    text = " ".join(error.split("<state>")[0].split("<backtrace>")[0].split())
+    return "the grammar is too complex" if not text or text.startswith("panic") else text[:300]
