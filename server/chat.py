@@ -14,6 +14,8 @@ from server.openapi import reply_or_events
 from server.protocol import ChatCompletionRequest
 from server.replies import ChatCompletion, ChatCompletionChunk
 from server.service import Service
+from server.tool_parser import ToolParser, whole
+from server.tools import HERMES
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -32,7 +34,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
 
 
 class ChatShape:
-    """A message in a whole reply; in a stream first the role, then what is added to the content."""
+    """A message in a whole reply; in a stream first the role, then what is added to the content and the tool calls."""
 
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
@@ -41,34 +43,51 @@ class ChatShape:
     def __init__(self, service: Service, body: ChatCompletionRequest):
         self.service = service
         self.body = body
+        self.parsers: dict[int, ToolParser] = {}  # by choice, where there are tools
 
     def opening(self, choice: Choice) -> Json | None:
-        delta = {"role": "assistant", "content": "", "refusal": None}
+        delta = {"role": "assistant", "content": None if self.body.offered else "", "refusal": None}
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def chunk(self, choice: Choice, delta: TextDelta) -> Json | None:
-        logprobs = self._logprobs([delta])
-        if not delta.text and logprobs is None and delta.finish_reason is None:
+        logprobs, finish = self._logprobs([delta]), delta.finish_reason
+        said: Json = {"content": delta.text} if delta.text else {}
+        if self.body.offered:
+            parser = self._parser(choice)
+            said = parser.feed(delta.text, finish is not None)
+            finish = "tool_calls" if finish == "stop" and parser.calls else finish
+        if not said and logprobs is None and delta.finish_reason is None:
             return None
         chunk = {
             "index": choice.index,
-            "delta": {"content": delta.text} if delta.text else {},
+            "delta": said,
             "logprobs": logprobs,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": finish,
         }
         if delta.finish_reason is not None:
             chunk["stop_reason"] = delta.stop_reason
         return chunk
 
     def whole(self, choice: Choice, deltas: list[TextDelta]) -> Json:
-        text = "".join(delta.text for delta in deltas)
+        text, finish = "".join(delta.text for delta in deltas), choice.finish_reason
+        message: Json = {"role": "assistant", "content": text, "refusal": None}
+        if self.body.offered:
+            parser = self._parser(choice)
+            parser.feed(text, last=True)
+            message["content"] = parser.content or None
+            if parser.calls:
+                message["tool_calls"] = [whole(call) for call in parser.calls]
+                finish = "tool_calls" if finish == "stop" else finish
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(deltas),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": finish,
             "stop_reason": choice.stop_reason,
         }
+
+    def _parser(self, choice: Choice) -> ToolParser:
+        return self.parsers.setdefault(choice.index, ToolParser(self.service.call_form or HERMES))
 
     def _logprobs(self, deltas: list[TextDelta]) -> Json | None:
         if not self.body.logprobs:

@@ -83,10 +83,13 @@ class Generation(Response):
     async def choices(self) -> list[Choice]:
         service, asked, info = self.service, self.asked, self.info
         choices = self.made
-        for prompt in await service.encode(asked):
+        prompts = await service.encode(asked)
+        constraints = await service.constraints(asked)
+        for prompt in prompts:
             max_tokens = service.max_tokens(asked, len(prompt), info)
             for i in range(asked.n):
                 params = asked.sampling(max_tokens, i, info.vocab_size)
+                params = msgspec.structs.replace(params, **constraints)
                 choices.append(Choice(service, prompt, params, len(choices), self.arrival))
         return choices
 

@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from server.protocol import REFUSED, WITHOUT_EFFECT, Body
+from server.body import REFUSED, WITHOUT_EFFECT, Body
 from server.replies import ErrorReply, Reply
 
 Json = dict[str, Any]
@@ -23,7 +23,8 @@ header `x-ignored-params`.
 
 Accepted without effect: {", ".join(f"`{name}`" for name in sorted(WITHOUT_EFFECT))}.
 
-Refused by name, because they would change the answer and are not implemented (a value that changes nothing passes):
+Refused by name, because they would change the answer and are not implemented (a value that changes nothing passes,
+and so does a field that the body lists below):
 {", ".join(f"`{name}`" for name in sorted(REFUSED))}.
 
 Every error is `{{"error": {{"message", "type", "param", "code"}}}}`, with a 4xx or 5xx status wherever the reply

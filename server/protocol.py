@@ -6,111 +6,19 @@ implemented, and would change the answer, is refused by name; a field nobody kno
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from engine.errors import RequestError
 from engine.messages import SamplingParams
+from server.body import REFUSED, Body
 from server.fields import ContentText, LogitBias, Prompt, Stop, TokenId
+from server.structured import ResponseFormat, Structure, StructuredOutputs
+from server.tools import MAX_TOOLS, NamedTool, Tool, ToolCallMessage, check_tools
 
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
-MAX_IGNORED = 1024  # characters of x-ignored-params
-
-# Known, meaningful, not implemented: refused unless given with a value that changes nothing. Declaring a field on a
-# model takes it off this list.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "allowed_token_ids": (),
-    "audio": (),
-    "bad_words": ([],),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "echo": (False,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "guided_choice": (),
-    "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_whitespace_pattern": (),
-    "modalities": (["text"],),
-    "prediction": (),
-    "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "suffix": ("",),
-    "tool_choice": ("none",),
-    "tools": ([],),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "web_search_options": (),
-}
-# Accepted and without effect, as OpenAI's API allows.
-WITHOUT_EFFECT = frozenset(
-    {
-        "metadata",
-        "parallel_tool_calls",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-        "verbosity",
-    }
-)
-
-
-def _allow_null(schema: dict[str, Any]) -> None:
-    """For /openapi.json: what need not be given may be null."""
-    for name, field in schema["properties"].items():
-        if name not in schema.get("required", ()):
-            about = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
-            kinds = field.get("anyOf", [field])
-            null = {"type": "null"}
-            schema["properties"][name] = {"anyOf": [*kinds, *([] if null in kinds else [null])], **about}
-
-
-class Body(BaseModel):
-    """A JSON object."""  # with strict types and no NaN; null is absent, unknown fields are collected
-
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, json_schema_extra=_allow_null)
-    refused: ClassVar[frozenset[str]] = frozenset()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls_and_refuse(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        data = {name: value for name, value in data.items() if value is not None}
-        for name in (REFUSED.keys() & data.keys() & cls.refused) - cls.model_fields.keys():
-            if not any(data[name] == neutral for neutral in REFUSED[name]):
-                raise RequestError(f"{name} is not supported by this server; leave it out", param=name)
-        return data
-
-    def ignored(self) -> list[str]:
-        """Names of fields that nobody here knows, also those of bodies in this one: `messages[0].zebra`."""
-        known = WITHOUT_EFFECT | REFUSED.keys() if self.refused else frozenset()
-        names = sorted((self.model_extra or {}).keys() - known)
-        for field in type(self).model_fields:
-            value = getattr(self, field)
-            inner = {field: value} if isinstance(value, Body) else {}
-            if isinstance(value, list):
-                inner = {f"{field}[{i}]": item for i, item in enumerate(value) if isinstance(item, Body)}
-            names += [f"{at}.{name}" for at, item in inner.items() for name in item.ignored()]
-        return names
-
-    def ignored_header(self) -> dict[str, str]:
-        names = ",".join(self.ignored())[:MAX_IGNORED]
-        text = names.encode("unicode_escape").decode()[:MAX_IGNORED]  # a name may be anything, a header may not
-        return {"x-ignored-params": text} if text else {}
 
 
 class StreamOptions(Body):
@@ -151,6 +59,8 @@ class GenerationBody(Body):
     request_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,64}$")] | None = Field(
         None, description="becomes part of the reply's id"
     )
+    response_format: ResponseFormat | None = Field(None, description="JSON is compact, its keys in the schema's order")
+    structured_outputs: StructuredOutputs | None = None
     priority: int = Field(0, ge=-(2**31), le=2**31 - 1, description="smaller is served first")
 
     @model_validator(mode="after")
@@ -159,7 +69,16 @@ class GenerationBody(Body):
             raise RequestError(f"best_of must equal n ({self.n}): every choice is returned", "best_of")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed with stream: true", "stream_options")
+        if self.structured_outputs is not None and self.response_format and self.response_format.type != "text":
+            raise RequestError("structured_outputs is only allowed without response_format", "structured_outputs")
+        self.structure()
         return self
+
+    def structure(self) -> Structure | None:
+        """What the answer's text must look like; None: anything."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.structure()
+        return self.response_format.structure() if self.response_format is not None else None
 
     def limit(self) -> int | None:
         """The caller's bound on new tokens, None where none was given."""
@@ -231,23 +150,33 @@ class Message(Body):
     content: ContentText
     name: str | None = None
     refusal: str | None = None
-    tool_call_id: str | None = None
+    tool_calls: list[ToolCallMessage] | None = Field(None, max_length=MAX_TOOLS, description="of an assistant")
+    tool_call_id: str | None = Field(None, description="of a tool: which call it answers")
 
     @model_validator(mode="before")
     @classmethod
-    def _no_calls_yet(cls, data: Any) -> Any:
+    def _content_beside_calls(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for name in ("tool_calls", "function_call", "audio"):
+            for name in ("function_call", "audio"):
                 if data.get(name):
                     raise RequestError(f"messages: {name} is not supported by this server", f"messages.{name}")
+            if data.get("role") == "assistant" and data.get("content") is None:
+                if data.get("tool_calls") or data.get("refusal"):
+                    return {**data, "content": data.get("refusal") or ""}
+            elif data.get("role") != "assistant" and data.get("tool_calls"):
+                raise RequestError("messages: tool_calls belong to the role assistant", "messages.tool_calls")
+            if data.get("role") == "tool" and data.get("tool_call_id") is None:
+                raise RequestError("messages: the role tool needs a tool_call_id", "messages.tool_call_id")
         return data
 
     def plain(self) -> dict[str, Any]:
-        """As chat templates expect it: strings only, "developer" is "system"."""
+        """As chat templates expect it: strings only, "developer" is "system", arguments of calls parsed."""
         plain: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
         for name in ("name", "tool_call_id"):
             if (value := getattr(self, name)) is not None:
                 plain[name] = value
+        if self.tool_calls:
+            plain["tool_calls"] = [call.plain() for call in self.tool_calls]
         return plain
 
 
@@ -257,12 +186,23 @@ class ChatCompletionRequest(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="wins over max_tokens")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives beside each token")
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS, description="functions that the model may call")
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="default: auto where there are tools"
+    )
+    parallel_tool_calls: bool = Field(True, description="whether one answer may have several calls")
 
     @model_validator(mode="after")
-    def _top_needs_logprobs(self) -> ChatCompletionRequest:
+    def _agree_on_chat(self) -> ChatCompletionRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs is only allowed with logprobs: true", "top_logprobs")
+        check_tools(self.tools, self.tool_choice)
         return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools
 
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -275,6 +215,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: Annotated[str, StringConstraints()] | None = None
     messages: list[Message] | None = Field(None, min_length=1, max_length=4096)
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS, description="with messages")
     add_special_tokens: bool | None = Field(None, description="default: true for a prompt, false for messages")
     add_generation_prompt: bool = True
     return_token_strs: bool = False

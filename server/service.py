@@ -8,7 +8,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,12 +20,14 @@ from engine.errors import RequestError
 from engine.messages import EngineInfo
 from server.energy import EnergyMeter
 from server.errors import ApiError
+from server.grammar_check import GrammarCheck
 from server.keys import ApiKeys
 from server.metrics import Metrics
 from server.protocol import ChatCompletionRequest, CompletionRequest, GenerationBody, Message
 from server.recent import Recent
 from server.settings import ServerSettings
 from server.template_process import TemplateProcess
+from server.tools import HERMES, Tool, call_grammar, form_of, plain_tools, write_out
 
 if TYPE_CHECKING:
     from server.choice import Choice
@@ -52,12 +54,14 @@ class Service:
         self.tokenizer = tokenizer
         special_tokens = tokenizer.special_tokens
         self.templates = None if chat_template is None else TemplateProcess(chat_template, special_tokens)
+        self.call_form = form_of(chat_template)  # None: tools and calls are written into the messages
         self.settings = settings
         self.model = settings.served_model_name or model
         self.created = int(time.time())
         self.draining = False
         self.admitted = 0  # completions accepted and not yet answered
         self.choices: set[Choice] = set()  # of these, the ones handed to the engine
+        self.grammars = GrammarCheck(settings.engine.model, settings.engine.load_format)
         self.energy = EnergyMeter()
         self.recent = Recent()
         self._price = None if settings.price is None else parse_price(settings.price)
@@ -88,6 +92,7 @@ class Service:
                 threads.shutdown(wait=False, cancel_futures=True)
             if self.templates is not None:
                 self.templates.close()
+            await self.grammars.close()
 
     async def drain(self, timeout: float) -> None:
         """Refuse new requests, let those in flight finish; after `timeout` seconds they end with "abort"."""
@@ -159,7 +164,7 @@ class Service:
     async def encode(self, body: GenerationBody) -> list[list[int]]:
         """-> one list of token ids per prompt."""
         if isinstance(body, ChatCompletionRequest):
-            return [await self.encode_messages(body.messages)]
+            return [await self.encode_messages(body.messages, tools=body.offered)]
         assert isinstance(body, CompletionRequest)
         prompts = []
         for prompt in body.prompt:
@@ -181,7 +186,11 @@ class Service:
             raise RequestError(f"{param}: token id {max(ids)} is outside the vocabulary (0 to {size - 1})", param)
 
     async def encode_messages(
-        self, messages: list[Message], add_generation_prompt: bool = True, add_special_tokens: bool = False
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+        tools: Sequence[Tool] = (),
     ) -> list[int]:
         """Renders the chat template (which writes its own special tokens) and encodes the result.
 
@@ -193,8 +202,11 @@ class Service:
         characters = sum(len(message.content) for message in messages)
 
         def render() -> list[int]:
-            marked = [mark_texts(message.plain(), self.tokenizer.mark_text) for message in messages]
-            text = templates.render(marked, add_generation_prompt)
+            plain, functions = [message.plain() for message in messages], plain_tools(tools)
+            if self.call_form is None:
+                plain, functions = write_out(plain, functions), []
+            marked = [mark_texts(value, self.tokenizer.mark_text) for value in (plain, functions)]
+            text = templates.render(marked[0], add_generation_prompt, marked[1] or None)
             self.check_size(text, "messages")
             return self.tokenizer.encode_marked(text, add_special_tokens)
 
@@ -208,6 +220,24 @@ class Service:
                 f"this model's context is {info.max_model_len} tokens, and {param} of {len(text)} characters make at "
                 f"least {least}; shorten the text", param, "context_length_exceeded",
             )  # fmt: skip
+
+    async def constraints(self, body: GenerationBody) -> dict[str, Any]:
+        """Fields of SamplingParams that hold an answer to its structure, and to the form of calls."""
+        structure, fields = body.structure(), {}
+        if isinstance(body, ChatCompletionRequest) and body.offered:
+            form = self.call_form or HERMES
+            choice, several = body.tool_choice, body.parallel_tool_calls
+            structure = call_grammar(form, body.offered, choice, several, structure, self.special_token)
+            if form.marker and self.special_token(form.marker) is not None:
+                fields["skip_special_tokens"] = False  # the marker has to be seen
+        if structure is not None:
+            fields["grammar"] = await self.grammars.grammar(structure)
+        return fields
+
+    def special_token(self, text: str) -> int | None:
+        """The id of the special token that is written so."""
+        id = self.tokenizer.token_to_id(text)
+        return id if id is not None and self.tokenizer.is_special(id) else None
 
     def max_tokens(self, body: GenerationBody, prompt_len: int, info: EngineInfo) -> int:
         """How many tokens may follow the prompt. Raises RequestError context_length_exceeded."""

@@ -20,7 +20,8 @@ async def tokenize(body: TokenizeRequest, request: Request, response: Response) 
     service.check_model(body.model)
     info = service.check_ready()
     if body.messages is not None:
-        tokens = await service.encode_messages(body.messages, body.add_generation_prompt, bool(body.add_special_tokens))
+        special = bool(body.add_special_tokens)
+        tokens = await service.encode_messages(body.messages, body.add_generation_prompt, special, body.tools)
     else:
         text, special = body.prompt or "", body.add_special_tokens is not False
         tokens = await service.in_thread(lambda: service.tokenizer.encode(text, special))

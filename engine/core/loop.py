@@ -32,14 +32,14 @@ class EngineCore:
         self.forecast = 0.0  # seconds that the step under way should take
         self._in_flight: deque[tuple[Schedule, float, Any]] = deque()  # with the time of the launch, and its handle
         self._outputs: list[Output] = []  # to be returned by step()
-        self._compiling: dict[Sequence, concurrent.futures.Future[Guide]] = {}  # not to be scheduled before that is done
+        self._compiling: dict[Sequence, concurrent.futures.Future[Guide]] = {}  # waiting for it
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}  # of requests that ask for them, until sent
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises RequestError if it can never be served (the engine process answers `Refused`)."""
         grammars, grammar = self.runner.grammars if request.params.grammar else None, request.params.grammar
         if grammar and grammars is None:
-            raise RequestError("Structured output and tools that are required run on the CPU only.", "grammar")
+            raise RequestError("structured output and tools run on the CPU only so far; leave them out.", "grammar")
         sequence = self.scheduler.add(request, wait=grammars is not None)
         if grammars is not None:
             self._compiling[sequence] = grammars.start(grammar)

@@ -61,7 +61,7 @@ class Sampler:
         self._seen.pop(sequence.id, None)
 
     def _adjust(self, logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-        """Bias, then the repetition penalty on all tokens seen, presence and frequency on those generated, the grammar."""
+        """Bias, the repetition penalty on all tokens seen, presence and frequency on those generated; the grammar."""
         params = sequence.request.params
         scores = logits.clone()
         if params.logit_bias:

@@ -8,8 +8,9 @@ import pytest
 
 from server.api_page import PAGE, page
 from server.app import api
+from server.body import REFUSED
 from server.openapi import REF
-from server.protocol import REFUSED, ChatCompletionRequest, CompletionRequest
+from server.protocol import ChatCompletionRequest, CompletionRequest
 
 SPEC = api().openapi()
 
