@@ -34,13 +34,18 @@ class Guide:
     def __init__(self, matcher: LLMatcher, vocab_size: int):
         self.matcher, self.vocab_size = matcher, vocab_size
         self.mask = np.zeros(-(-vocab_size // 32), np.int32)
+        self.length = 0  # tokens taken
         self.ready = _AT_ONCE
         self.error: str | None = None
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """Of each token, whether it may come next; waits for the mask. None may once `error` is set."""
+    def allowed(self, length: int) -> NDArray[np.bool_]:
+        """Of each token, whether it may follow the first `length`; waits for the mask. None may once `error` is set."""
         try:
             self.ready.result(MASK_SECONDS)
+            if self.length > length:  # the step that drew the last token went wrong and is computed again
+                self.matcher.rollback(self.length - length)
+                self.length = length
+                self.matcher.unsafe_compute_mask_ptr(self.mask.ctypes.data, self.mask.nbytes)
             failed = self.matcher.is_error()
         except Exception:
             failed = True
@@ -76,7 +81,7 @@ class Grammars:
         if drawn:
             ready = self._matching.submit(self._advance, drawn)
             for guide, _ in drawn:
-                guide.ready = ready
+                guide.ready, guide.length = ready, guide.length + 1
 
     def _advance(self, drawn: list[tuple[Guide, int]]) -> None:
         self._threads.consume_token_par([(guide.matcher, token) for guide, token in drawn])

@@ -15,7 +15,7 @@ MAX_BIASES = 1024
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
-def _wrong(message: str) -> PydanticCustomError:
+def wrong(message: str) -> PydanticCustomError:
     return PydanticCustomError("fen", message)
 
 
@@ -32,39 +32,39 @@ def _prompts(value: Any) -> list[str | list[int]]:
     elif isinstance(value, list) and value and all(isinstance(item, str) or _is_ids(item) for item in value):
         prompts = value
     else:
-        raise _wrong("must be a string, a list of strings, a list of token ids or a list of token-id lists; none empty")
+        raise wrong("must be a string, a list of strings, a list of token ids or a list of token-id lists; none empty")
     if len(prompts) > MAX_PROMPTS:
-        raise _wrong(f"at most {MAX_PROMPTS} prompts in one request, not {len(prompts)}")
+        raise wrong(f"at most {MAX_PROMPTS} prompts in one request, not {len(prompts)}")
     for prompt in prompts:
         if not prompt:
-            raise _wrong("a prompt must not be empty")
+            raise wrong("a prompt must not be empty")
         if not isinstance(prompt, str) and min(prompt) < 0:
-            raise _wrong(f"token id {min(prompt)} is negative")
+            raise wrong(f"token id {min(prompt)} is negative")
     return prompts
 
 
 def _stops(value: Any) -> list[str]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise _wrong("must be a string or a list of strings")
+        raise wrong("must be a string or a list of strings")
     if len(stops) > MAX_STOPS:
-        raise _wrong(f"at most {MAX_STOPS} stop strings, not {len(stops)}")
+        raise wrong(f"at most {MAX_STOPS} stop strings, not {len(stops)}")
     if not all(1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
-        raise _wrong(f"each stop string must have 1 to {MAX_STOP_CHARACTERS} characters")
+        raise wrong(f"each stop string must have 1 to {MAX_STOP_CHARACTERS} characters")
     return stops
 
 
 def _biases(value: Any) -> dict[int, float]:
     if not isinstance(value, dict):
-        raise _wrong("must be an object of token id to bias")
+        raise wrong("must be an object of token id to bias")
     if len(value) > MAX_BIASES:
-        raise _wrong(f"at most {MAX_BIASES} entries, not {len(value)}")
+        raise wrong(f"at most {MAX_BIASES} entries, not {len(value)}")
     biases = {}
     for key, bias in value.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            raise _wrong(f"keys must be token ids in decimal digits, not {key[:40]!r}")
+            raise wrong(f"keys must be token ids in decimal digits, not {key[:40]!r}")
         if type(bias) not in (int, float) or not -100 <= bias <= 100:
-            raise _wrong(f"the bias of token {key} must be a number from -100 to 100")
+            raise wrong(f"the bias of token {key} must be a number from -100 to 100")
         biases[int(key)] = float(bias)
     return biases
 
@@ -74,16 +74,16 @@ def _content(value: Any) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
-        raise _wrong("must be a string or a list of text parts")
+        raise wrong("must be a string or a list of text parts")
     texts = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("text", "input_text") and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif isinstance(kind, str) and kind not in ("text", "input_text"):
-            raise _wrong(f"this model reads text only; a part of type {kind[:40]!r} is not supported")
+            raise wrong(f"this model reads text only; a part of type {kind[:40]!r} is not supported")
         else:
-            raise _wrong('each part must be {"type": "text", "text": "..."}')
+            raise wrong('each part must be {"type": "text", "text": "..."}')
     return "\n".join(texts)
 
 

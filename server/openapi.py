@@ -72,8 +72,8 @@ def describe(app: FastAPI) -> None:
                 routes=app.routes,
                 tags=app.openapi_tags,
             )
-            kinds = [(kind, "validation") for kind in _leaves(Body)] + [
-                (kind, "serialization") for kind in _leaves(Reply)
+            kinds = [(kind, "validation") for kind in leaves(Body)] + [
+                (kind, "serialization") for kind in leaves(Reply)
             ]
             spec["components"]["schemas"] |= models_json_schema(kinds, ref_template=REF + "{model}")[1]["$defs"]
             for operations in spec["paths"].values():
@@ -85,9 +85,9 @@ def describe(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign] (FastAPI's own way to extend it)
 
 
-def _leaves(base: type[BaseModel]) -> list[Any]:
+def leaves(base: type[BaseModel]) -> list[Any]:
     """The models below `base`, without those that others are made from."""
-    return [leaf for kind in base.__subclasses__() for leaf in (_leaves(kind) if kind.__subclasses__() else [kind])]
+    return [leaf for kind in base.__subclasses__() for leaf in (leaves(kind) if kind.__subclasses__() else [kind])]
 
 
 def _add_headers(operation: Json) -> None:

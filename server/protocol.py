@@ -15,7 +15,7 @@ from engine.messages import SamplingParams
 from server.body import REFUSED, Body
 from server.fields import ContentText, LogitBias, Prompt, Stop, TokenId
 from server.structured import ResponseFormat, Structure, StructuredOutputs
-from server.tools import MAX_TOOLS, NamedTool, Tool, ToolCallMessage, check_tools
+from server.tools import MAX_TOOLS, Tool, ToolCallMessage, ToolChoice, check_tools
 
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
@@ -187,9 +187,7 @@ class ChatCompletionRequest(GenerationBody):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives beside each token")
     tools: list[Tool] = Field([], max_length=MAX_TOOLS, description="functions that the model may call")
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
-        None, description="default: auto where there are tools"
-    )
+    tool_choice: ToolChoice | None = Field(None, description="default: auto where there are tools")
     parallel_tool_calls: bool = Field(True, description="whether one answer may have several calls")
 
     @model_validator(mode="after")

@@ -8,7 +8,6 @@ import secrets
 import string
 from typing import Any
 
-from engine.detokenizer import StopChecker
 from server.tools import CallForm
 
 LETTERS = string.ascii_letters + string.digits
@@ -34,9 +33,8 @@ class ToolParser:
         self.content = ""
         self.calls: list[Call] = []
         self._form = form
-        self._marker = StopChecker((form.marker,), include=True) if form.marker else None
         self._in_calls = False
-        self._buffer = ""  # in calls: not yet understood
+        self._buffer = ""  # not yet understood
         self._depth = 0  # of brackets in the arguments; 0: between arguments
         self._in_string = self._escaped = False
 
@@ -54,32 +52,27 @@ class ToolParser:
         return self._delta(content, at, known)
 
     def _finish(self) -> None:
-        if not self._in_calls and self._marker is not None:
-            self.content += self._marker.finish()
-        elif self._in_calls and "{" in self._buffer and not self._depth:
-            self.content += self._buffer[self._buffer.index("{") :]
-        elif not self._in_calls:
+        if not self._in_calls:
             self.content += self._buffer
+        elif "{" in self._buffer:
+            self.content += self._buffer[self._buffer.index("{") :]
         self._buffer = ""
 
     def _text(self, text: str) -> str:
-        """Takes ordinary text; returns what follows the marker."""
-        if self._marker is None:  # a call is an answer that begins with "{"
-            if self.content or not (start := (self._buffer + text).lstrip()):
-                self.content, self._buffer = (self.content + text, "") if self.content else ("", self._buffer + text)
-                return ""
-            text, self._buffer = self._buffer + text, ""
-            self._in_calls = start.startswith("{")
-            if not self._in_calls:
-                self.content = text
-            return text
-        shown, marker = self._marker.add(text)
-        if marker is None:
-            self.content += shown
-            return ""
-        self._in_calls = True
-        self.content += shown.removesuffix(marker)
-        return ""
+        """Takes ordinary text, holding back what may begin the marker; returns what follows it."""
+        text, marker = self._buffer + text, self._form.marker
+        if marker:
+            at = text.find(marker)
+            self._in_calls = at >= 0
+            held = max((n for n in range(1, len(marker)) if text.endswith(marker[:n])), default=0)
+        else:  # a call is an answer that begins with "{"
+            at, start = 0, text.lstrip()
+            self._in_calls = start.startswith("{") and not self.content
+            held = 0 if start or self.content else len(text)
+        end = at if self._in_calls else len(text) - held
+        self.content += text[:end]
+        self._buffer = "" if self._in_calls else text[end:]
+        return text[end + len(marker) :] if self._in_calls else ""
 
     def _read_calls(self) -> None:
         while self._buffer:

@@ -13,13 +13,15 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import Field, StringConstraints
+from pydantic import Field, PlainValidator, StringConstraints, WithJsonSchema
 
 from engine.errors import RequestError
 from server.body import Body
+from server.fields import wrong
 from server.structured import MAX_GRAMMAR_BYTES, MAX_SCHEMA_BYTES, Structure, bounded, literal
 
 MAX_TOOLS = 128
+MAX_CALLS = 16  # in one answer
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 Json = dict[str, Any]
 
@@ -36,13 +38,29 @@ class Tool(Body):
     function: Function
 
 
-class FunctionName(Body):
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """The choice of one tool."""
+
     name: str
 
 
-class NamedTool(Body):
-    type: Literal["function"]
-    function: FunctionName
+def _choice(value: Any) -> str | Named:
+    if value in ("none", "auto", "required"):
+        return str(value)
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise wrong('must be "none", "auto", "required" or {"type": "function", "function": {"name": "..."}}')
+    return Named(function["name"])
+
+
+_NAME = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+_NAMED = {"type": "object", "properties": {"type": {"const": "function"}, "function": _NAME}, "required": ["function"]}
+ToolChoice = Annotated[
+    Any,  # a str or Named
+    PlainValidator(_choice),
+    WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, _NAMED]}),
+]
 
 
 class CalledFunction(Body):
@@ -71,27 +89,24 @@ class ToolCallMessage(Body):
         }
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool | None
-
-
-def check_tools(tools: list[Tool], choice: ToolChoice) -> None:
+def check_tools(tools: list[Tool], choice: str | Named | None) -> None:
     """Raises RequestError for schemas that are too large or of no object, names given twice, a choice of no tool."""
     names = [tool.function.name for tool in tools]
     for i, tool in enumerate(tools):
         param = f"tools[{i}].function.parameters"
         schema = tool.function.parameters or {}
         if tool.function.name in names[:i]:
-            raise RequestError(f"tools[{i}].function.name: {tool.function.name!r} is there twice", f"tools[{i}]")
+            raise RequestError(
+                f"tools[{i}].function.name: {tool.function.name!r} is there twice", f"tools[{i}].function.name"
+            )
         if schema.get("type", "object") != "object":
             raise RequestError(f"{param}: the type must be object", param)
         bounded(Structure("json", msgspec.json.encode(schema).decode(), param), MAX_SCHEMA_BYTES)
     if choice not in (None, "none") and not tools:
         raise RequestError("tool_choice is only allowed with tools", "tool_choice")
-    if isinstance(choice, NamedTool) and choice.function.name not in names:
+    if isinstance(choice, Named) and choice.name not in names:
         known = ", ".join(names)[:300]
-        raise RequestError(
-            f"tool_choice: there is no tool {choice.function.name[:64]!r}; tools: {known}", "tool_choice"
-        )
+        raise RequestError(f"tool_choice: there is no tool {choice.name[:64]!r}; tools: {known}", "tool_choice")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,26 +210,26 @@ def _schema(function: Function) -> Json:
 def call_grammar(
     form: CallForm,
     tools: Sequence[Tool],
-    choice: ToolChoice,
+    choice: str | Named | None,
     several: bool,
     text: Structure | None,
     special_token: Callable[[str], int | None],
 ) -> Structure:
-    """Lark: calls alone (choice required or a name), or also text, which with `text` must be JSON of that schema.
+    """Lark: calls alone (choice required; or a name, which is called once), or text too, of `text`'s schema or any.
 
     special_token(text): the id of the special token that is written so. Spaces are those of Python's json.dumps, in
     which templates show the model earlier calls.
     """
-    if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if tool.function.name == choice.function.name]
+    if isinstance(choice, Named):
+        tools, several = [tool for tool in tools if tool.function.name == choice.name], False
     marker = special_token(form.marker) if form.marker else None
     rest = form.begin.removeprefix(form.marker)
     begin = literal(form.begin) if marker is None else f"<[{marker}]> {literal(rest)}" if rest else f"<[{marker}]>"
-    more = f"({literal(form.between)} call)*" if several else ""
+    more = f"({literal(form.between)} call){{0,{MAX_CALLS - 1}}}" if several else ""
     body = " ".join(filter(None, ["call", more, literal(form.end) if form.end else ""]))
     calls = f"{begin} {body}" if form.begin else body
     rules = [f"calls: {calls}"]
-    if choice == "required" or isinstance(choice, NamedTool):
+    if choice == "required" or isinstance(choice, Named):
         rules.insert(0, "start: calls")
     elif text is not None:
         if text.kind != "json":

@@ -80,7 +80,7 @@ class Sampler:
         if sequence.guide is not None:
             if params.ignore_eos:
                 scores[list(sequence.eos_token_ids)] = -torch.inf
-            forbidden = torch.from_numpy(~sequence.guide.allowed())
+            forbidden = torch.from_numpy(~sequence.guide.allowed(sequence.num_generated))
             scores = scores.masked_fill_(forbidden, -torch.inf)
             if scores.max() == -torch.inf:  # the text is complete: only the banned end is left
                 scores = logits.masked_fill(forbidden, -torch.inf)

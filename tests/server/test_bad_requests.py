@@ -29,6 +29,18 @@ def content(value: Any) -> list[Any]:
     return [{"role": "user", "content": value}]
 
 
+def tool(name: str, parameters: Any = None, **fields: Any) -> Any:
+    return {"type": "function", "function": {"name": name, "parameters": parameters, **fields}}
+
+
+def called(arguments: str) -> Any:
+    return {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+def schema(value: Any) -> Any:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}
+
+
 CASES = [
     completion("model", 404, model="gpt-4"),
     completion("model", model=3),
@@ -122,10 +134,50 @@ CASES = [
     chat("logprobs", logprobs=1),
     chat("top_logprobs", top_logprobs=2),
     chat("top_logprobs", logprobs=True, top_logprobs=21),
-    chat("tools", tools=[{"type": "function", "function": {"name": "f"}}]),
+    completion("tools", tools=[tool("f")]),
+    chat("tools", tools="f"),
+    chat("tools", tools=[tool(f"f{i}") for i in range(129)]),
+    chat("tools[0].type", tools=[{"type": "custom", "custom": {"name": "f"}}]),
+    chat("tools[0].function", tools=[{"type": "function"}]),
+    chat("tools[0].function.name", tools=[tool("a b")]),
+    chat("tools[0].function.name", tools=[tool("x" * 65)]),
+    chat("tools[1].function.name", tools=[tool("f"), tool("f")]),
+    chat("tools[0].function.parameters", tools=[tool("f", [])]),
+    chat("tools[0].function.parameters", tools=[tool("f", {"type": "string"})]),
+    chat("tools[0].function.parameters", tools=[tool("f", {"description": "x" * 2**16})]),
+    chat("tools", tools=[tool("f", {"type": "object", "properties": {"a": {"type": "strin"}}})]),
+    chat("tools", tools=[tool("f", {"properties": {"a": {"not": {}}}}, strict=True)]),
     chat("tool_choice", tool_choice="required"),
-    chat("response_format", response_format={"type": "json_object"}),
-    chat("structured_outputs", structured_outputs={"regex": "a"}),
+    chat("tool_choice", tools=[tool("f")], tool_choice={"type": "function", "function": {"name": "g"}}),
+    chat("tool_choice", tools=[tool("f")], tool_choice="sometimes"),
+    chat("parallel_tool_calls", tools=[tool("f")], parallel_tool_calls="no"),
+    chat("messages.tool_calls", messages=[{"role": "user", "content": "x", "tool_calls": [called("{}")]}]),
+    chat("messages[0].tool_calls[0].id", messages=[{"role": "assistant", "tool_calls": [{"function": {}}]}]),
+    chat("messages.tool_calls.function.arguments", messages=[{"role": "assistant", "tool_calls": [called("[1]")]}]),
+    chat("messages.tool_call_id", messages=[{"role": "tool", "content": "5"}]),
+    chat("response_format.type", response_format={"type": "xml"}),
+    chat("response_format.type", response_format={}),
+    chat("response_format", response_format="json_object"),
+    chat("response_format.json_schema", response_format={"type": "json_schema"}),
+    chat("response_format.json_schema.schema", response_format=schema({"type": "strin"})),
+    chat("response_format.json_schema.schema", response_format=schema({"not": {"type": "string"}})),
+    chat("response_format.json_schema.schema", response_format=schema({"$ref": "http://127.0.0.1:9/x"})),
+    chat("response_format.json_schema.schema", response_format=schema({"minimum": 5, "maximum": 3, "type": "integer"})),
+    chat("response_format.json_schema.schema", response_format=schema({"description": "x" * 2**16})),
+    chat("response_format.json_schema.schema", response_format=schema([])),
+    chat("structured_outputs", structured_outputs={}),
+    chat("structured_outputs", structured_outputs={"regex": "a", "choice": ["b"]}),
+    chat("structured_outputs", structured_outputs={"regex": "a"}, response_format={"type": "json_object"}),
+    chat("structured_outputs.regex", structured_outputs={"regex": "(a"}),
+    chat("structured_outputs.regex", structured_outputs={"regex": "a(?=b)"}),
+    chat("structured_outputs.regex", structured_outputs={"regex": "a"}, tools=[tool("f")]),
+    chat("structured_outputs.choice", structured_outputs={"choice": []}),
+    chat("structured_outputs.choice[0]", structured_outputs={"choice": [1]}),
+    chat("structured_outputs.grammar", structured_outputs={"grammar": "start: ("}),
+    chat("structured_outputs.grammar", structured_outputs={"grammar": "start: " + "x" * 2**16}),
+    completion("structured_outputs.json", structured_outputs={"json": "{"}),
+    completion("structured_outputs.json", structured_outputs={"json": {"type": "object", "properties": 5}}),
+    completion("response_format.json_schema.schema", response_format=schema({"type": "array", "minItems": "x"})),
     chat("functions", functions=[{"name": "f"}]),
     chat("echo", echo=True),
     chat("modalities", modalities=["text", "audio"]),
