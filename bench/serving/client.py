@@ -64,7 +64,10 @@ class Link:
 
     async def _next(self) -> Any:
         while (event := self.protocol.next_event()) is h11.NEED_DATA:
-            self.protocol.receive_data(await self.reader.read(CHUNK))
+            data = await self.reader.read(CHUNK)
+            if not data and self.protocol.their_state is h11.SEND_RESPONSE:
+                raise ConnectionResetError("the server closed the connection")
+            self.protocol.receive_data(data)
         return event
 
 
@@ -87,7 +90,14 @@ class Client:
 
     async def get(self, path: str) -> Any:
         """The JSON that a GET answers. Raises HttpError."""
-        async with self.open("GET", path) as chunks:
+        return await self._json("GET", path)
+
+    async def post(self, path: str, body: Any) -> Any:
+        """The JSON that a POST of JSON answers. Raises HttpError."""
+        return await self._json("POST", path, json.dumps(body).encode())
+
+    async def _json(self, method: str, path: str, body: bytes = b"") -> Any:
+        async with self.open(method, path, body) as chunks:
             text = b"".join([chunk async for chunk in chunks])
         try:
             return json.loads(text)

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from bench.serving.client import Client, HttpError
 from bench.serving.options import ServeOptions
 from bench.serving.vocabulary import Vocabulary
 from engine.errors import FenError
@@ -38,6 +39,32 @@ def load(options: ServeOptions, vocabulary: Vocabulary, seed: str) -> list[Conve
         "custom": _custom,
     }
     return makers[options.dataset_name](options, vocabulary, draw)
+
+
+async def as_long_as_wanted(client: Client, model: str, conversations: list[Conversation]) -> bool:
+    """Whether the server, if it can be asked, counts as many tokens in the first text as it should have."""
+    first = conversations[0][0]
+    try:
+        counted = await client.post("/tokenize", {"model": model, "prompt": first.text, "add_special_tokens": False})
+        return len(counted["tokens"]) == first.tokens
+    except (HttpError, KeyError, TypeError):
+        return True
+
+
+async def by_server(client: Client, model: str, conversations: list[Conversation]) -> list[Conversation] | None:
+    """Texts cut to their number of tokens by the server's own tokenizer (POST /tokenize and /detokenize, as Fen and
+    vLLM have them); None where it has none. For prompts that were made without the right one."""
+
+    async def cut(turn: Turn) -> Turn:
+        ids = await client.post("/tokenize", {"model": model, "prompt": turn.text, "add_special_tokens": False})
+        kept = ids["tokens"][: turn.tokens]
+        text = await client.post("/detokenize", {"model": model, "tokens": kept})
+        return dataclasses.replace(turn, text=text["prompt"], tokens=len(kept))
+
+    try:
+        return [[await cut(turn) for turn in conversation] for conversation in conversations]
+    except (HttpError, KeyError, TypeError):
+        return None
 
 
 def _random(options: ServeOptions, vocabulary: Vocabulary, draw: random.Random) -> list[Conversation]:
@@ -77,7 +104,8 @@ def _multi_turn(options: ServeOptions, vocabulary: Vocabulary, draw: random.Rand
 
     def conversation() -> Conversation:
         texts = [vocabulary.text(tokens, draw) for _ in range(options.multi_turn_num_turns)]
-        return [Turn(prefix + text if i == 0 else text, tokens, new) for i, text in enumerate(texts)]
+        first = Turn(prefix + texts[0], options.multi_turn_prefix_len + tokens, new)
+        return [first, *(Turn(text, tokens, new) for text in texts[1:])]
 
     return [conversation() for _ in range(-(-options.num_prompts // options.multi_turn_num_turns))]
 

@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench.prices import Price, parse_price
 from bench.serving import bill, metrics
 from bench.serving.client import Client, HttpError
-from bench.serving.datasets import load
+from bench.serving.datasets import Conversation, as_long_as_wanted, by_server, load
 from bench.serving.load import Answer, Load
-from bench.serving.options import ServeOptions
+from bench.serving.options import FILES, ServeOptions
 from bench.serving.vocabulary import Vocabulary, open_vocabulary
 from engine.errors import FenError
 
@@ -61,8 +61,6 @@ async def _measure(
     with contextlib.closing(client), _interrupts(stop):
         model, root = await _served_model(client, options)
         vocabulary = await asyncio.to_thread(open_vocabulary, options.tokenizer, root)
-        if not vocabulary.exact:
-            _say("No tokenizer is here for this model: lengths are in words. --tokenizer names one.")
         body = await bill.ledger(client)
         found = Measurement(model, vocabulary.name, _about(body), *bill.price_of_run(price, body))
         for number, concurrency in enumerate(options.concurrencies):
@@ -91,12 +89,22 @@ async def _runs(
 ) -> list[dict[str, Any]]:
     """The figures of each run that has any."""
     sender = Load(client, options, found.model)
+
+    async def prompts(seed: str) -> list[Conversation]:
+        made = load(options, vocabulary, seed)
+        if options.dataset_name in FILES or (vocabulary.exact and await as_long_as_wanted(client, found.model, made)):
+            return made
+        cut = await by_server(client, found.model, made)
+        if cut is None and seed.endswith(" 0 0"):
+            _say("No tokenizer is here or at the server: lengths are in words. --tokenizer names one.")
+        return cut or made
+
     if options.num_warmups:
-        warm = load(options, vocabulary, f"{options.seed} warm-up {number}")
+        warm = await prompts(f"{options.seed} warm-up {number}")
         await sender.warm_up(warm[0][0], options.num_warmups, concurrency)
     runs = []
     for i in range(options.num_runs):
-        conversations = load(options, vocabulary, f"{options.seed} {number} {i}")
+        conversations = await prompts(f"{options.seed} {number} {i}")
         what = f"concurrency {concurrency or 'unlimited'}, run {i + 1} of {options.num_runs}"
         task = progress.add_task(what, total=sum(map(len, conversations)))
 
