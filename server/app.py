@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from engine.checkpoint.tokenizer import Tokenizer
 from engine.core.client import EngineClient
-from server import chat, completions, errors, openapi, status, text_routes, web_page
+from server import chat, completions, errors, openapi, responses, status, text_routes, web_page
 from server.keys import ApiKeys, KeyCheck
 from server.middleware import Envelope
 from server.service import Service
@@ -29,7 +29,14 @@ def api(lifespan: Callable[[FastAPI], contextlib.AbstractAsyncContextManager[Non
         description=openapi.DESCRIPTION,
         responses=openapi.ERRORS,
     )
-    for router in (completions.router, chat.router, text_routes.router, status.router, web_page.router):
+    for router in (
+        chat.router,
+        completions.router,
+        responses.router,
+        text_routes.router,
+        status.router,
+        web_page.router,
+    ):
         app.include_router(router)
     errors.install(app)
     openapi.describe(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -72,7 +73,7 @@ class Body(BaseModel):
     """A JSON object."""  # with strict types and no NaN; null is absent, unknown fields are collected
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, json_schema_extra=_allow_null)
-    refused: ClassVar[frozenset[str]] = frozenset()
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -80,14 +81,14 @@ class Body(BaseModel):
         if not isinstance(data, dict):
             return data
         data = {name: value for name, value in data.items() if value is not None}
-        for name in (REFUSED.keys() & data.keys() & cls.refused) - cls.model_fields.keys():
-            if not any(data[name] == neutral for neutral in REFUSED[name]):
+        for name in (cls.refused.keys() & data.keys()) - cls.model_fields.keys():
+            if not any(data[name] == neutral for neutral in cls.refused[name]):
                 raise RequestError(f"{name} is not supported by this server; leave it out", param=name)
         return data
 
     def ignored(self) -> list[str]:
         """Names of fields that nobody here knows, also those of bodies in this one: `messages[0].zebra`."""
-        known = WITHOUT_EFFECT | REFUSED.keys() if self.refused else frozenset()
+        known = WITHOUT_EFFECT | self.refused.keys() if self.refused else frozenset()
         names = sorted((self.model_extra or {}).keys() - known)
         for field in type(self).model_fields:
             value = getattr(self, field)

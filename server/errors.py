@@ -91,7 +91,7 @@ def _from_http(error: HTTPException) -> ApiError:
 def _from_validation(errors: Sequence[Any]) -> ApiError:
     details, first = [], None
     for entry in errors[:MAX_DETAILS]:
-        param = _param(entry["loc"])
+        param = param_of(entry["loc"])
         first = first or param
         message = WORDS.get(entry["type"]) or entry["msg"][:1].lower() + entry["msg"][1:]
         if entry["type"] == "missing":
@@ -105,7 +105,7 @@ def _from_validation(errors: Sequence[Any]) -> ApiError:
     return ApiError(400, "; ".join(details), param=first)
 
 
-def _param(location: Sequence[Any]) -> str | None:
+def param_of(location: Sequence[Any]) -> str | None:
     """("body", "messages", 0, "role") -> "messages[0].role"."""
     name = ""
     for part in location[1:]:

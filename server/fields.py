@@ -11,6 +11,7 @@ MAX_PROMPTS = 128
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
 MAX_BIASES = 1024
+TEXT_PARTS = ("text", "input_text", "output_text")  # of chat completions; of responses
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
@@ -78,9 +79,9 @@ def _content(value: Any) -> str:
     texts = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("text", "input_text") and isinstance(part.get("text"), str):
+        if kind in TEXT_PARTS and isinstance(part.get("text"), str):
             texts.append(part["text"])
-        elif isinstance(kind, str) and kind not in ("text", "input_text"):
+        elif isinstance(kind, str) and kind not in TEXT_PARTS:
             raise wrong(f"this model reads text only; a part of type {kind[:40]!r} is not supported")
         else:
             raise wrong('each part must be {"type": "text", "text": "..."}')

@@ -129,14 +129,17 @@ class Generation(Response):
             deltas[choice.index].append(delta)
 
         await self.run_choices(choices, keep)
+        data = encode_json(self.whole(choices, deltas))
+        self.raw_headers.append((b"content-length", str(len(data)).encode()))
+        await self.begin()
+        await self.send({"type": "http.response.body", "body": data})
+
+    def whole(self, choices: list[Choice], deltas: list[list[TextDelta]]) -> Json:
         reply = self.head(self.shape.kind)
         reply["choices"] = [self.shape.whole(choice, deltas[choice.index]) for choice in choices]
         reply["usage"] = self.usage(choices) | self.cost(choices)
         reply["metrics"] = self.timing(choices)
-        data = encode_json(reply)
-        self.raw_headers.append((b"content-length", str(len(data)).encode()))
-        await self.begin()
-        await self.send({"type": "http.response.body", "body": data})
+        return reply
 
     async def run_stream(self) -> None:
         try:

@@ -9,6 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from server import responses_body
 from server.body import REFUSED, WITHOUT_EFFECT, Body
 from server.replies import ErrorReply, Reply
 
@@ -25,7 +26,8 @@ Accepted without effect: {", ".join(f"`{name}`" for name in sorted(WITHOUT_EFFEC
 
 Refused by name, because they would change the answer and are not implemented (a value that changes nothing passes,
 and so does a field that the body lists below):
-{", ".join(f"`{name}`" for name in sorted(REFUSED))}.
+{", ".join(f"`{name}`" for name in sorted(REFUSED))}; by /v1/responses, which keeps nothing between requests,
+{", ".join(f"`{name}`" for name in sorted(responses_body.REFUSED))}.
 
 Every error is `{{"error": {{"message", "type", "param", "code"}}}}`, with a 4xx or 5xx status wherever the reply
 has not begun, else as the last event before `data: [DONE]`. HEAD works on every GET route."""
@@ -43,19 +45,17 @@ ERRORS: dict[int | str, Json] = {
 }
 
 
-def reply_or_events(reply: type[BaseModel], *events: type[BaseModel]) -> dict[int | str, Json]:
-    """`responses` of a route that answers with `reply` or, streaming, with events, each of them one of `events`."""
-    kinds = (*events, ErrorReply)
-    data = {
-        "type": "string",
-        "anyOf": [
-            {"const": "[DONE]"},
-            {
-                "contentMediaType": "application/json",
-                "contentSchema": {"anyOf": [{"$ref": REF + kind.__name__} for kind in kinds]},
-            },
-        ],
+def reply_or_events(reply: type[BaseModel], *events: type[BaseModel], done: bool = True) -> dict[int | str, Json]:
+    """`responses` of a route that answers with `reply` or, streaming, with events, each of them one of `events`.
+
+    done: an error is an ErrorReply, and the last event is [DONE].
+    """
+    kinds = (*events, ErrorReply) if done else events
+    payload: Json = {
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [{"$ref": REF + kind.__name__} for kind in kinds]},
     }
+    data = {"type": "string", "anyOf": [*([{"const": "[DONE]"}] if done else []), payload]}
     item = {"type": "object", "properties": {"data": data, "event": {"type": "string"}}, "required": ["data"]}
     return {200: {"model": reply, "content": {"text/event-stream": {"itemSchema": item}}}}
 
@@ -86,7 +86,7 @@ def describe(app: FastAPI) -> None:
 
 
 def leaves(base: type[BaseModel]) -> list[Any]:
-    """The models below `base`, without those that others are made from."""
+    """The models below `base` that are not made only for others to be made from."""
     return [leaf for kind in base.__subclasses__() for leaf in (leaves(kind) if kind.__subclasses__() else [kind])]
 
 

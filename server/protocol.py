@@ -26,10 +26,8 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = Field(False, description="usage so far, in every chunk")
 
 
-class GenerationBody(Body):
-    """The fields that completions and chat completions share."""
-
-    refused = frozenset(REFUSED)
+class Sampling(Body):
+    """How an answer is drawn and where it ends, whichever route asks for it."""
 
     model: str | None = Field(None, description="default: the model that is served")
     temperature: float = Field(1.0, ge=0, le=2, description="0 takes the most likely token")
@@ -42,26 +40,33 @@ class GenerationBody(Body):
         1.0, gt=0, le=10, description="divides logits above 0 of tokens seen, prompt included"
     )
     min_tokens: int = Field(0, ge=0, le=2**31 - 1, description="no end and no stop string before")
-    n: int = Field(1, ge=1, le=MAX_CHOICES, description="choices for each prompt")
-    best_of: int | None = Field(None, description="only the value of n is accepted")
     stop: Stop = Field([], description="text that ends the reply")
     stop_token_ids: list[TokenId] = Field([], max_length=64, description="tokens that end it")
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="choice i draws from stream (seed, i)")
-    logit_bias: LogitBias = Field({}, description="token id to what is added to its logit")
     stream: bool = False
-    stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = Field(
         None, description="the prefix cache is shared between equal salts only"
     )
     request_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,64}$")] | None = Field(
         None, description="becomes part of the reply's id"
     )
+    priority: int = Field(0, ge=-(2**31), le=2**31 - 1, description="smaller is served first")
+
+
+class GenerationBody(Sampling):
+    """The fields that completions and chat completions share."""
+
+    refused = REFUSED
+
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="choices for each prompt")
+    best_of: int | None = Field(None, description="only the value of n is accepted")
+    logit_bias: LogitBias = Field({}, description="token id to what is added to its logit")
+    stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = Field(None, description="JSON is compact, its keys in the schema's order")
     structured_outputs: StructuredOutputs | None = None
-    priority: int = Field(0, ge=-(2**31), le=2**31 - 1, description="smaller is served first")
 
     @model_validator(mode="after")
     def _agree(self) -> GenerationBody:

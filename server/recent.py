@@ -24,7 +24,7 @@ class Recent:
         if not choices:
             return
         reasons = [choice.finish_reason or "abort" for choice in choices]
-        usage, timing = generation.usage(choices), generation.timing(choices)
+        usage, timing = generation.usage(choices), generation.timing(choices) or {}
         cost = generation.cost(choices)
         self._requests.appendleft(
             {
