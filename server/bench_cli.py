@@ -157,6 +157,27 @@ def tune(
         run(only)
 
 
+@bench.command()
+def report(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILE...]", help="Results, or folders of them; default: those of the repository."),
+    ] = None,
+    html: Annotated[str, typer.Option(metavar="FILE", help="The page to write.")] = "report.html",
+    markdown: Annotated[str, typer.Option(metavar="FILE", help="The same as text.")] = "report.md",
+    export: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Write every picture there: SVG, and PNG with Chromium.")
+    ] = None,
+) -> None:
+    """Make one page of the results: the ladder, costs and latencies, kernels, and sliders for what if.
+
+    The page needs nothing else, neither a server nor the net. What was not measured is named and left out.
+    """
+    from bench.reporting.command import run
+
+    run(files or [], html, markdown, export)
+
+
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
     """A benchmark's refusal is a sentence for the user."""

@@ -195,7 +195,7 @@ function costs({ usage, metrics = {} }) {
   const details = usage.cost_details || {};
   const cached = usage.prompt_tokens_details?.cached_tokens || 0;
   const price = usage.cost === null || usage.cost === undefined ? [] : [element("b", {}, `US$${usd(usage.cost)}`), " · "];
-  const facts = [`${count(usage.completion_tokens)} tokens`, `${rate(metrics.tokens_per_second)} /s`, `first in ${duration(metrics.time_to_first_token_ms)}`];
+  const facts = [`${count(usage.completion_tokens)} tokens`, `${rate(metrics.tokens_per_second)}/s`, `first in ${duration(metrics.time_to_first_token_ms)}`];
   const rows = [
     ["input", usage.prompt_tokens - cached, details.device_seconds?.prompt, details.input_usd],
     ["cached input", cached, details.device_seconds?.cached_prompt, details.cached_usd],

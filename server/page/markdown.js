@@ -53,12 +53,12 @@ export function markdown(text) {
     } else {
       const paragraph = [];
       for (; at < lines.length && lines[at].trim() && (!paragraph.length || !block(lines[at])); at++) paragraph.push(lines[at]);
-      const made_ = element("p");
+      const text_ = element("p");
       paragraph.forEach((part, i) => {
-        if (i) made_.append(element("br"));
-        inline(made_, part.trim());
+        if (i) text_.append(element("br"));
+        inline(text_, part.trimEnd()); // code without a fence keeps its indentation
       });
-      made.append(made_);
+      made.append(text_);
     }
   }
   return made;

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -67,6 +68,7 @@ def test_small_and_complete_in_itself(server: LiveServer) -> None:
     for name, (content, _, _) in files().items():
         addresses = re.findall(r"https?://[\w./-]+", content.decode())
         assert all(address == "http://www.w3.org/2000/svg" for address in addresses), (name, addresses)
+    assert server.http.get("/").headers["content-security-policy"].startswith("default-src 'self'")
     for reference in re.findall(r'(?:src|href)="(page/[^"]+)"', html):
         reply = server.http.get(f"/{reference}")
         assert reply.status_code == 200 and reply.content == files()[reference.removeprefix("page/")][0]
@@ -241,6 +243,38 @@ def test_engine_and_server_that_go_away(browser: Browser, launch: Callable[..., 
     ask(browser, "Hello?")
     browser.wait(lambda: len(browser.all(".failed")) == 2, "the error")
     assert browser.all(".failed")[1].text == "The server does not answer. Is it running?"
+
+
+@needs_chromium
+def test_api_key(browser: Browser, launch: Callable[..., LiveServer], tmp_path: Path) -> None:
+    """Asked for where the server wants one, once for all calls; kept in this tab, and nowhere else."""
+    (tmp_path / "keys").write_text("a-key-of-the-test\n")
+    live = launch(api_key_file=str(tmp_path / "keys"))
+
+    def give(key: str) -> None:
+        browser.wait(lambda: browser.find("#key").is_displayed(), "the question for a key")
+        browser.find("#key-input").send_keys(key, ENTER)
+
+    browser.new_tab()
+    browser.open(live.url)
+    browser.wait(lambda: browser.find("#key").is_displayed(), "the question for a key")
+    assert browser.accessibility() == []
+    browser.click("#key-cancel")
+    browser.wait(lambda: browser.text("#state-text") == "no key", "the state")
+    ask(browser, "What is the capital of France?", {"temperature": "0", "max_tokens": "16"})
+    give("not-the-key-of-it")
+    browser.wait(lambda: browser.text("#key-why") == "The server did not accept this key.", "the second question")
+    give("a-key-of-the-test")
+    assert "Paris" in answer(browser)
+    browser.wait(lambda: browser.text("#state-text") == "ready", "the state")
+    browser.driver.refresh()
+    browser.wait(lambda: browser.text("#state-text") == "ready", "the state")
+    assert "a-key-of-the-test" not in browser.run(
+        "return document.documentElement.outerHTML + JSON.stringify(localStorage)"
+    )
+    browser.new_tab()
+    browser.open(live.url)
+    browser.wait(lambda: browser.find("#key").is_displayed(), "the question for a key")
 
 
 @needs_chromium
