@@ -25,6 +25,7 @@ SECTIONS: dict[str, Callable[[Result, str], Section | None]] = {
     "gpu": kernels.section,
     "kernels": kernels.section,
     "latency": single.latency,
+    "forecast": single.forecast,
     "quality": single.quality,
 }
 # What a report without it says was not measured, and the command that measures it.

@@ -13,9 +13,11 @@ from bench.results import Result
 Rung = dict[str, Any]
 
 
-def section(result: Result, key: str) -> Section:
-    """Raises KeyError or TypeError for a file whose keys are not those of bench/ladder.py."""
+def section(result: Result, key: str) -> Section | None:
+    """None before its first rung is measured. Raises KeyError or TypeError for a file whose keys are not those of bench/ladder.py."""
     data, rungs = result.data, result.data["rungs"]
+    if not rungs:
+        return None
     last = rungs[-1]
     target = data["target_cut"]
     notes = []

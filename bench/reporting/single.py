@@ -94,6 +94,27 @@ def latency(result: Result, key: str) -> Section:
     )
 
 
+def forecast(result: Result, key: str) -> Section:
+    """The planner's forecast beside what was then measured."""
+    data = result.data
+    missed = [row["what"] for row in data["seconds"] if not row["met"]]
+    return Section(
+        key=key,
+        title="Forecast beside measurement",
+        conditions=(
+            f"{subject(result)}. Forecast from a few layers of the model's shape; wanted within {data['wanted']:.0%}; other "
+            f"processes used {share(data['others_cpu_share'])} of the CPUs meanwhile."
+        ),
+        figures=[],
+        header=["", "forecast, ms", "measured, ms", "off by"],
+        rows=[
+            [row["what"], f"{1e3 * row['forecast']:,.1f}", f"{1e3 * row['measured']:,.1f}", f"{row['error']:+.1%}"]
+            for row in data["seconds"]
+        ],
+        notes=[f"Missed: {what}." for what in missed] or ["All are met."],
+    )
+
+
 def quality(result: Result, key: str) -> Section:
     divergence: dict[str, dict[str, Any]] = result.data["divergence"]
     return Section(
