@@ -14,7 +14,7 @@ Rung = dict[str, Any]
 
 
 def section(result: Result, key: str) -> Section | None:
-    """None before its first rung is measured. Raises KeyError or TypeError for a file whose keys are not those of bench/ladder.py."""
+    """None before its first rung is measured. Raises KeyError or TypeError for other keys than bench/ladder.py's."""
     data, rungs = result.data, result.data["rungs"]
     if not rungs:
         return None

@@ -102,8 +102,8 @@ def forecast(result: Result, key: str) -> Section:
         key=key,
         title="Forecast beside measurement",
         conditions=(
-            f"{subject(result)}. Forecast from a few layers of the model's shape; wanted within {data['wanted']:.0%}; other "
-            f"processes used {share(data['others_cpu_share'])} of the CPUs meanwhile."
+            f"{subject(result)}. Forecast from a few layers of the model's shape; wanted within {data['wanted']:.0%}; "
+            f"other processes used {share(data['others_cpu_share'])} of the CPUs meanwhile."
         ),
         figures=[],
         header=["", "forecast, ms", "measured, ms", "off by"],

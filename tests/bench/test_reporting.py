@@ -122,7 +122,7 @@ def broken(change: Callable[[dict], object]) -> str:
         (broken(lambda raw: raw.update(data={})), "not a whole result of the kind 'sweep'"),
         (broken(lambda raw: raw.update(data={"points": [{"completed": 3}]})), "not a whole result of the kind 'sweep'"),
         (broken(lambda raw: raw.update(kind="ladder", data={"rungs": []})), "nothing to show"),
-        (broken(lambda raw: raw.update(kind="ladder", data={"rungs": [{}]})), "not a whole result of the kind 'ladder'"),
+        (broken(lambda raw: raw.update(kind="ladder", data={"rungs": [{}]})), "not a whole result"),
         (broken(lambda raw: raw.update(price=FREE)), "above 0"),
         (broken(lambda raw: raw.update(price=FREE | {"usd_per_device_hour": -1})), "above 0"),
     ],
