@@ -22,6 +22,7 @@ import dataclasses
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -76,6 +77,7 @@ def run(
     def keep() -> None:
         results.save(path, result)
 
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         for part in ("ceilings", "baseline"):
             if part not in data:
@@ -93,6 +95,8 @@ def run(
             f"Stopped; {len(data['rungs'])} of {len(rungs)} rungs are kept in {path}; --resume goes on.",
             file=sys.stderr,
         )
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if data["rungs"]:
         print(render(result))
         print(f"kept in {path}")

@@ -8,6 +8,7 @@ What to do comes as one JSON object on stdin; what was found leaves as JSON line
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -21,14 +22,14 @@ import torch
 from bench.ceilings import Ceilings, measure_ceilings, read_bandwidth
 from bench.ladder_workload import Rung, Task, Workload, floor_seconds, tasks
 from bench.latency import bytes_read
-from bench.plain import DTYPES, PlainModel
+from bench.plain import DTYPES, PlainModel, matrix
 from bench.prompts import make_prompt, prose_tokens
 from engine.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from engine.checkpoint.tensors import FLOATS
 from engine.core.build import build_core
 from engine.errors import FenError
 from engine.ledger import CLASSES
 from engine.messages import EngineOptions, Request, SamplingParams
-from kernels.formats import dequantize
 
 Emit = Callable[[dict[str, Any]], None]
 BASELINE_REQUESTS = 3  # on which plain PyTorch and transformers take turns
@@ -55,17 +56,39 @@ def dense(checkpoint: Checkpoint) -> Checkpoint:
     """The same weights, dequantised once to bfloat16."""
 
     def stored(tensor: StoredTensor) -> StoredTensor:
-        if tensor.dtype in ("BF16", "F32", "F16"):
+        if tensor.dtype in FLOATS:
             return tensor
-
-        def values() -> Any:
-            raw = torch.from_numpy(tensor.data.copy()).view(tensor.shape[0], -1)
-            return dequantize(raw, tensor.dtype, torch.bfloat16).view(torch.uint8).numpy()
-
-        return StoredTensor(tensor.name, "BF16", tensor.shape, values)
+        source = functools.partial(_dense_bytes, tensor)
+        return StoredTensor(tensor.name, "BF16", tensor.shape, source)
 
     tensors = {name: stored(tensor) for name, tensor in checkpoint.tensors.items()}
     return dataclasses.replace(checkpoint, quantization="bfloat16", tensors=tensors)
+
+
+def _dense_bytes(tensor: StoredTensor) -> Any:
+    return matrix(tensor, torch.bfloat16).view(torch.uint8).numpy()
+
+
+def w8a8(checkpoint: Checkpoint) -> Checkpoint:
+    """The layers' weights rounded to the nearest of 255 steps for each row, to be multiplied by activations in int8."""
+
+    def stored(tensor: StoredTensor) -> StoredTensor:
+        if not tensor.name.endswith("_proj.weight"):
+            return tensor
+        weight = matrix(tensor, torch.float32)
+        scale = weight.abs().amax(1, keepdim=True).clamp_(min=1e-30) / 127
+        whole = (weight / scale).round_().to(torch.int8)
+        parts = {
+            "weight": StoredTensor(tensor.name, "I8", tensor.shape, whole.numpy()),
+            "weight_scale": StoredTensor(tensor.name + "_scale", "F32", (tensor.shape[0], 1), scale.numpy()),
+        }
+        return StoredTensor(tensor.name, "W8A8", tensor.shape, scale.numpy(), parts)
+
+    tensors = {name: stored(tensor) for name, tensor in checkpoint.tensors.items()}
+    return dataclasses.replace(checkpoint, quantization="W8A8", tensors=tensors)
+
+
+WEIGHTS = {"stored": lambda checkpoint: checkpoint, "dense": dense, "w8a8": w8a8}
 
 
 def ceilings(place: Place, small: bool) -> dict[str, Any]:
@@ -202,8 +225,7 @@ class EngineRung:
 
     def __init__(self, place: Place, workload: Workload, rung: Rung):
         checkpoint = place.checkpoint()
-        if rung.weights == "dense":
-            checkpoint = dense(checkpoint)
+        checkpoint = WEIGHTS[rung.weights](checkpoint)
         self.checkpoint = checkpoint
         slots = 1 if rung.sequential else workload.concurrency
         options = {
@@ -214,12 +236,11 @@ class EngineRung:
         self.core, self.info, _ = build_core(EngineOptions(**(options | rung.options)), checkpoint=checkpoint)
         info = self.info
         plan = getattr(self.core.runner, "_plan", None)
-        few = plan is None or slots <= plan.few_rows
-        int8 = plan is not None and not few and plan.many == torch.int8
-        self.rate = "int8" if int8 else "16-bit"
+        as_stored = plan is None or slots <= plan.few_rows or rung.weights == "w8a8"
+        self.rate = "int8" if rung.weights == "w8a8" else "16-bit"
         self.kv_bytes = info.kv_cache_bytes / (info.num_blocks * info.block_size)
         stored = float(bytes_read(checkpoint))
-        self.weight_bytes = stored if few else info.parameters * (1.0 if int8 else 2.0)
+        self.weight_bytes = stored if as_stored else 2.0 * info.parameters  # else a dense copy
         self.settings = (
             f"{info.quantization} weights, {info.dtype} activations, KV blocks of {info.block_size}, "
             f"max_num_seqs {slots}, prefix cache {'on' if self.core.scheduler.enable_prefix_caching else 'off'}"

@@ -39,7 +39,7 @@ class Rung(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     name: str
     technique: str
     runs: str  # "plain" | "engine"
-    weights: str  # "dense" | "stored"
+    weights: str  # "dense" | "stored" | "w8a8"
     sequential: bool = False
     options: dict[str, Any] = {}  # of engine.messages.EngineOptions
 

@@ -14,16 +14,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from engine.checkpoint import Checkpoint
+from engine.checkpoint import Checkpoint, StoredTensor
 from engine.errors import FenError
 from engine.model.rope import rotations
-from kernels.formats import dequantize
+from kernels.formats import decode, dequantize
 
 DTYPES = ("bfloat16", "float16", "float32")  # the plain ones, of which the fastest is taken
 NOT_PLAIN = {  # what a config must leave as it is
     "sliding_window": None, "rotary_dim": None, "unrotated_layers": (), "attention_scale": None,
     "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_divisor": 1.0,
 }  # fmt: skip
+
+
+def matrix(tensor: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of one part, dequantised: [N, K], or [1, N] of a vector's N values."""
+    with warnings.catch_warnings():  # the file's mapping is read-only, and nothing writes to it
+        warnings.simplefilter("ignore", UserWarning)
+        raw = torch.from_numpy(tensor.data).view(tensor.shape[0] if len(tensor.shape) > 1 else 1, -1)
+    return dequantize(decode(tensor.dtype, {"": raw}), dtype)
 
 
 class PlainModel:
@@ -124,11 +132,7 @@ class PlainModel:
     # Loading.
 
     def _matrix(self, name: str) -> torch.Tensor:
-        tensor = self._tensors[name]
-        with warnings.catch_warnings():  # the file's mapping is read-only, and nothing writes to it
-            warnings.simplefilter("ignore", UserWarning)
-            raw = torch.from_numpy(tensor.data).view(tensor.shape[0], -1)
-        return dequantize(raw, tensor.dtype, self.dtype).to(self.device)
+        return matrix(self._tensors[name], self.dtype).to(self.device)
 
     def _dense(self, name: str) -> torch.Tensor:
         return self._matrix(name).view(-1)

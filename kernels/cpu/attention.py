@@ -1,4 +1,5 @@
-"""Attention over the paged cache on a CPU: torch's flash attention (SDPA), one call a sequence.
+"""Attention over the paged cache on a CPU: torch's flash attention (SDPA), one call a sequence;
+single rows, as decode steps have them, in kernels.cpu.decode.
 
 A layer's cache is [2, slots, kv_heads, D] (K and V; slot = block * block_size + row), so that consecutive blocks are
 consecutive tokens: a sequence whose blocks lie in one run, which the block pool aims for, is read in place through a
@@ -8,31 +9,21 @@ view. One whose blocks are scattered is gathered first, a copy of its KV per lay
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
 import torch.nn.functional as F
+
+from kernels.cpu.decode import DecodeAttention
+from kernels.cpu.span import Span
+
+__all__ = ["KEY_TILE", "Attention", "Span"]
 
 # Batch-invariant: what SDPA computes for a query depends neither on the other queries nor on how many keys are masked,
 # if there are whole tiles of both. It takes larger tiles, with other sums, from 192 queries on: hence the slabs.
 QUERY_TILE = 32
 QUERY_SLAB = 160
 KEY_TILE = 256  # sums over keys are taken in parts of this many
-
-
-@dataclasses.dataclass(slots=True)
-class Span:
-    """One sequence in a step: queries are its last `rows` positions of `length`, rows `row`.. of the batch.
-
-    blocks: its block table as far as needed, int64 [P]; None when block_0 .. are consecutive from `first` (a slot).
-    """
-
-    row: int
-    rows: int
-    length: int
-    first: int
-    blocks: torch.Tensor | None
 
 
 class Attention:
@@ -51,7 +42,6 @@ class Attention:
         window: int | None,
         batch_invariant: bool,
     ):
-        self._spans = spans
         self._caches = caches
         self._block_size = block_size
         self._invariant = batch_invariant
@@ -60,7 +50,11 @@ class Attention:
         self.dtype = caches.dtype if self.decode_only else dtype
         self._views: list[tuple[torch.Tensor, ...] | None] = []  # per span: K, V of layer 0, K, V of layer 1, ...
         self._masks: list[torch.Tensor | None] = []
-        for span in spans:
+        single = [] if batch_invariant else [span for span in spans if span.rows == 1]
+        self._decode = DecodeAttention(single, caches, block_size, window) if single else None
+        self._single = torch.tensor([span.row for span in single])
+        self._spans = [span for span in spans if batch_invariant or span.rows > 1]
+        for span in self._spans:
             start, end = self._keys(span)
             if span.blocks is None:
                 view = caches.narrow(1, span.first + start, end - start).transpose(1, 2).unsqueeze(1)
@@ -74,12 +68,13 @@ class Attention:
     def __call__(self, q: torch.Tensor, layer: int) -> torch.Tensor:
         """q [T, heads, D] of this step -> [T, heads * D], the dtype of q."""
         tokens, heads, dim = q.shape
-        kv_heads = self._caches.shape[2]
         if self.decode_only:
-            rows = q.view(tokens, 1, kv_heads, heads // kv_heads, dim).unbind(0)
-            parts = [F.scaled_dot_product_attention(rows[i], *self._kv(i, layer)) for i in range(tokens)]
-            return (torch.cat(parts) if tokens > 1 else parts[0]).reshape(tokens, heads * dim)
+            assert self._decode is not None
+            return self._decode(q, layer).view(tokens, heads * dim)
         out = torch.empty(tokens, heads, dim, dtype=q.dtype)
+        if self._decode is not None:
+            single = self._decode(q.index_select(0, self._single).to(self._caches.dtype), layer)
+            out.index_copy_(0, self._single, single.to(q.dtype))
         for i, span in enumerate(self._spans):
             k, v = (x.to(q.dtype) for x in self._kv(i, layer))
             if self._invariant:
@@ -128,7 +123,7 @@ class Attention:
     def _mask(self, span: Span, start: int, end: int) -> torch.Tensor | None:
         """Additive [rows, keys], rows in whole tiles if batch-invariant; None where `_chunk` does."""
         context = span.length - span.rows
-        if not self._invariant and (span.rows == 1 or not self._window or end - start <= self._window):
+        if not self._invariant and (not self._window or end - start <= self._window):
             return None
         padding = -span.rows % QUERY_TILE if self._invariant else 0
         queries = torch.arange(context, span.length + padding).unsqueeze(1)
