@@ -25,7 +25,7 @@ def section(result: Result, key: str) -> Section | None:
         figures.append(
             Figure(f"{key}-speedup", "Beside PyTorch, each case a dot", functools.partial(speedups, compared))
         )
-    wrong = [row for row in rows if "failed" in row or row["error"] > row["allowed"]]
+    wrong = [row for row in rows if not is_right(row)]
     notes = [f"Not right: {row['kernel']} {row['case']}." for row in wrong] or [
         "Each case was held against float32 in the same run and is within its allowed error."
     ]
@@ -35,6 +35,8 @@ def section(result: Result, key: str) -> Section | None:
         f"{row['target']['wanted']:g} × {row['target']['against']}."
         for row in missed
     ]
+    if result.kind == "gpu":
+        notes += whole_engine(result)
     kernels = list(dict.fromkeys(row["kernel"] for row in timed))
     others = result.data.get("others_cpu_share")
     busy = f"; other processes used {others:.0%} of the CPUs meanwhile" if others is not None else ""
@@ -52,6 +54,23 @@ def section(result: Result, key: str) -> Section | None:
         rows=[kernel_row(kernel, timed) for kernel in kernels],
         notes=[*notes, "× columns: how many times faster than that baseline, median of the cases that have it."],
     )
+
+
+def is_right(row: Row) -> bool:
+    """An error that is no number is null in a file."""
+    return "failed" not in row and row["error"] is not None and row["error"] <= row["allowed"]
+
+
+def whole_engine(result: Result) -> list[str]:
+    """What `python -m bench.gpu` measured end to end, and what it could not run."""
+    found = []
+    for name in ("end to end", "transformers"):
+        part = result.data["sections"].get(name, {})
+        rows = [row for row in part.get("rows", []) if "tokens_per_second" in row]
+        found += [f"{row['name']}: {row['tokens_per_second']:,.0f} tokens/s." for row in rows]
+        if "not_run" in part:
+            found.append(f"Not run: {name}, {part['not_run']}.")
+    return found
 
 
 def rows_and_ceilings(result: Result) -> tuple[list[Row], dict[str, Any] | None]:

@@ -100,6 +100,26 @@ def test_points_without_an_answer_are_left_out(report: Callable[..., tuple[str, 
 FREE = {"usd_per_device_hour": 0, "name": "", "date": "", "source": ""}
 
 
+def test_kernels_that_are_wrong_are_named(report: Callable[..., tuple[str, str]]) -> None:
+    result = made.kernels()
+    result.data["rows"][0]["error"] = None  # NaN, as a file has it
+    result.data["rows"].append({"kernel": "sample", "case": "M9", "rows": 9, "failed": "out of memory"})
+    _, markdown = report(result)
+    assert "Not right: w4a16 shape M1." in markdown and "Not right: sample M9." in markdown
+
+
+def test_a_gpu_run_as_bench_gpu_keeps_it(report: Callable[..., tuple[str, str]]) -> None:
+    rows = made.kernels().data["rows"]
+    ceilings = made.kernels().data["ceilings"]
+    speed = {"rows": [{"name": "llama-3-8b W4A16", "tokens_per_second": 1234.4}]}
+    sections = {"ceilings": ceilings, "time w4": {"rows": rows}, "end to end": speed,
+                "transformers": {"not_run": "not installed"}}  # fmt: skip
+    _, markdown = report(made.result("gpu", {"dry": False, "sections": sections}, None))
+    assert "llama-3-8b W4A16: 1,234 tokens/s." in markdown and "Not run: transformers, not installed." in markdown
+    with pytest.raises(FenError, match="nothing to show"):
+        report(made.result("gpu", {"dry": True, "sections": sections}, None))
+
+
 def broken(change: Callable[[dict], object]) -> str:
     raw = json.loads(json.dumps({"schema": "fen-bench", "schema_version": 1, "kind": "sweep", "date": "", "commit": "",
                                  "command": "", "device": "", "versions": {}, "model": "m", "quantization": None,
