@@ -17,7 +17,10 @@ from server.errors import ApiError
 from server.structured import Structure
 
 CACHED = 256
+MAX_WAITING = 64
 START_SECONDS = 30.0  # for the process to load its tokenizer, and for those in front in its queue
+
+Answer = tuple[str | None, str]  # as server.grammar_worker.Reply
 
 
 class GrammarCheck:
@@ -29,7 +32,7 @@ class GrammarCheck:
         self._reader: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
         self._numbers = itertools.count()
-        self._waiting: dict[int, asyncio.Future[tuple[str | None, str]]] = {}
+        self._waiting: dict[int, asyncio.Future[Answer]] = {}  # for this process
         self._known: OrderedDict[tuple[str, str], str] = OrderedDict()
 
     async def grammar(self, structure: Structure) -> str:
@@ -40,9 +43,12 @@ class GrammarCheck:
             return self._known[key]
         try:
             async with asyncio.timeout(START_SECONDS):
-                grammar, problem = await self._ask(structure)
-        except TimeoutError:
-            raise ApiError(503, "too many grammars wait to be compiled; try again", retry_after=2) from None
+                try:
+                    grammar, problem = await self._ask(structure)
+                except ConnectionError:  # it ended since the last time: once more with a new one
+                    grammar, problem = await self._ask(structure)
+        except (TimeoutError, ConnectionError):
+            raise ApiError(503, "grammars cannot be compiled at the moment; try again", retry_after=2) from None
         if grammar is None:
             raise RequestError(f"{structure.param}: {problem}", structure.param, "invalid_grammar")
         self._known[key] = grammar
@@ -58,25 +64,25 @@ class GrammarCheck:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
 
-    async def _ask(self, structure: Structure) -> tuple[str | None, str]:
-        process = await self._running()
-        assert process.stdin is not None
+    async def _ask(self, structure: Structure) -> Answer:
         number = next(self._numbers)
-        future = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
             data = msgspec.msgpack.encode([number, structure.kind, structure.text])
         except UnicodeEncodeError:
             return None, "it has a surrogate code point (U+D800 to U+DFFF) outside a pair"
+        process, waiting = await self._running()
+        assert process.stdin is not None
+        if len(waiting) >= MAX_WAITING:
+            raise TimeoutError
+        future = waiting[number] = asyncio.get_running_loop().create_future()
         try:
             process.stdin.write(struct.pack("<I", len(data)) + data)
             await process.stdin.drain()
             return await future
-        except ConnectionError:
-            raise ApiError(500, "the process that compiles grammars ended; try again") from None
         finally:
-            self._waiting.pop(number, None)
+            waiting.pop(number, None)
 
-    async def _running(self) -> asyncio.subprocess.Process:
+    async def _running(self) -> tuple[asyncio.subprocess.Process, dict[int, asyncio.Future[Answer]]]:
         async with self._lock:
             if self._process is None or self._process.returncode is not None:
                 path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
@@ -87,18 +93,19 @@ class GrammarCheck:
                     env={**os.environ, "PYTHONPATH": path},
                     start_new_session=True,
                 )
-                self._reader = asyncio.create_task(self._read(self._process))
-            return self._process
+                self._waiting = {}
+                self._reader = asyncio.create_task(self._read(self._process, self._waiting))
+            return self._process, self._waiting
 
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
+    async def _read(self, process: asyncio.subprocess.Process, waiting: dict[int, asyncio.Future[Answer]]) -> None:
         assert process.stdout is not None
         with contextlib.suppress(asyncio.IncompleteReadError):
             while True:
                 (length,) = struct.unpack("<I", await process.stdout.readexactly(4))
                 number, grammar, problem = msgspec.msgpack.decode(await process.stdout.readexactly(length))
-                if (future := self._waiting.get(number)) is not None and not future.done():
+                if (future := waiting.get(number)) is not None and not future.done():
                     future.set_result((grammar, problem))
         await process.wait()
-        for future in self._waiting.values():
+        for future in waiting.values():
             if not future.done():
                 future.set_exception(ConnectionError("ended"))

@@ -86,7 +86,7 @@ def bounded(structure: Structure, limit: int = MAX_SCHEMA_BYTES) -> Structure:
 
 def grammar_of(kind: str, text: str) -> str:
     """As llguidance reads it. Raises ValueError for what is none; JSON is compact, the order of keys the schema's."""
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, regex_to_lark
     from llguidance.gbnf_to_lark import any_to_lark
 
     if kind == "json":
@@ -94,7 +94,8 @@ def grammar_of(kind: str, text: str) -> str:
     if kind == "regex":  # the whole answer is matched, so anchors add nothing
         text = text.removeprefix("^")
         anchored = text.endswith("$") and (len(text) - len(text.rstrip("$\\"))) % 2 == 1
-        return LLMatcher.grammar_from_regex(text[:-1] if anchored else text)
+        lark = regex_to_lark(text[:-1] if anchored else text, "dw")  # \d and \w are ASCII, as in JSON schemas
+        return LLMatcher.grammar_from_lark(f"start: /{lark}/")
     if kind == "choice":
         return LLMatcher.grammar_from_lark("start: " + " | ".join(map(literal, json.loads(text))))
     return LLMatcher.grammar_from_lark(any_to_lark(text) if kind == "grammar" else text)
