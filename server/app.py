@@ -74,5 +74,5 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-ignored-params"],
         )
-    app.add_middleware(Envelope)
+    app.add_middleware(Envelope, done=service.answered)
     return app

@@ -13,6 +13,7 @@ from typer.exceptions import TyperException
 from engine.errors import FenError
 from engine.messages import EngineOptions, SamplingParams
 from server.bench_cli import bench, check_installation
+from server.config_file import ConfigOption
 from server.flags import SERVER, PriceOption, engine_options, options_of
 from server.settings import ServerSettings
 
@@ -32,6 +33,10 @@ class Commands(TyperGroup):
         except TyperException as error:  # a wrong option, which typer words itself
             if "unexpected extra argument" in error.message:
                 error.message += ". The model is named by --model, and a text with spaces needs quotes."
+            error.message = error.message.replace("Value error, ", "")
+            option = getattr(getattr(error, "param", None), "name", None)
+            if option and os.environ.get(variable := f"FEN_{option.upper()}"):
+                error.message += f" ({variable} is set to {os.environ[variable][:100]!r})"
             raise
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
@@ -65,13 +70,14 @@ TopP = Annotated[
 ]
 
 
-@app.command()
+@app.command(context_settings={"auto_envvar_prefix": "FEN"})
 @engine_options
 @options_of(ServerSettings, SERVER)
-def serve(settings: ServerSettings, engine: EngineOptions) -> None:
+def serve(settings: ServerSettings, engine: EngineOptions, config: ConfigOption = None) -> None:
     """Serve a model over HTTP.
 
-    A model that is not here yet is fetched first.
+    A model that is not here yet is fetched first. An option that is not given is taken from the environment
+    (--max-queue from FEN_MAX_QUEUE), else from the file of --config.
     """
     check_installation()
     from server.run import serve

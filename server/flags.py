@@ -82,15 +82,32 @@ SERVER: dict[str, Any] = {
     "host": Annotated[str, typer.Option(metavar="HOST", help="Address to listen on; 0.0.0.0 is every network.")],
     "port": Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port to listen on; 0 takes a free one.")],
     "served_model_name": Annotated[
-        str | None, typer.Option(metavar="NAME", help="The name that clients ask for; default: the model's own.")
+        list[str],
+        typer.Option(
+            metavar="NAME",
+            help="A name that clients ask for; give several, or put commas between. Default: the model's own.",
+        ),
     ],
     "max_queue": Annotated[
         int, typer.Option(min=0, metavar="N", help="Requests that may wait for a place in the batch before 429.")
+    ],
+    "max_queue_tokens": Annotated[
+        int, typer.Option(min=0, metavar="N", help="Tokens of prompts that may wait likewise before 429.")
+    ],
+    "request_timeout": Annotated[
+        float | None,
+        typer.Option(min=0.001, metavar="SECONDS", help="From a request's arrival to its end; default: no limit."),
     ],
     "drain_timeout": Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="What running requests get after SIGTERM.")
     ],
     "price": PriceOption,
+    "log_format": Annotated[
+        Literal["text", "json"], typer.Option(help="A line for each request: key=value, or a JSON object.")
+    ],
+    "log_file": Annotated[
+        str | None, typer.Option(metavar="FILE", help="Append the log to this file; default: standard error.")
+    ],
     "api_key_file": Annotated[
         str | None,
         typer.Option(metavar="FILE", help="API keys, one a line; callers must send one of them. Default: open to all."),
@@ -123,7 +140,7 @@ def options_of(
 
         @functools.wraps(command)
         def wrapper(*args: Any, **kwargs: Any) -> None:
-            fields = {name: kwargs.pop(name) for name in annotations}
+            fields = {name: _split(kwargs.pop(name)) for name in annotations}
             command(*args, **kwargs, **{target: struct(**fields)})
 
         wrapper.__signature__ = signature.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
@@ -131,6 +148,13 @@ def options_of(
         return wrapper
 
     return decorate
+
+
+def _split(value: Any) -> Any:
+    """Of an option that may be given several times: commas separate, too, for the environment has but one value."""
+    if not isinstance(value, list):
+        return value
+    return [part.strip() for item in value for part in item.split(",") if part.strip()]
 
 
 engine_options = options_of(EngineOptions, ENGINE)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -16,12 +17,14 @@ from engine.detokenizer import TextDelta
 from engine.messages import EngineInfo
 from server.choice import Choice
 from server.cost import reply_cost
-from server.errors import as_api_error
+from server.errors import ApiError, as_api_error
+from server.logs import REPLY
 from server.protocol import GenerationBody, StreamOptions
 from server.service import Service
 from server.settings import KEEP_ALIVE_SECONDS
 
 T = TypeVar("T")
+LAST_EVENT_SECONDS = 5.0
 Json = dict[str, Any]
 encode_json = msgspec.json.encode
 
@@ -76,7 +79,20 @@ class Generation(Response):
             try:
                 await until_disconnect(receive, work, self.keep_alive if self.stream else None)
             finally:
-                self.service.recent.add(self)
+                scope[REPLY] = self.service.recent.add(self)
+
+    @contextlib.asynccontextmanager
+    async def time_limit(self) -> AsyncIterator[None]:
+        """Raises ApiError 504 when --request-timeout has passed since the arrival."""
+        limit = self.service.settings.request_timeout
+        try:
+            async with asyncio.timeout(None if limit is None else limit - (time.monotonic() - self.arrival)):
+                yield
+        except TimeoutError:
+            if limit is None:
+                raise
+            message = f"the request was not finished within the {limit:g} s that this server gives one"
+            raise ApiError(504, message, code="request_timeout") from None
 
     # Choices
 
@@ -84,6 +100,7 @@ class Generation(Response):
         service, asked, info = self.service, self.asked, self.info
         choices = self.made
         prompts = await service.encode(asked)
+        service.admit_tokens(prompts, asked.n)
         constraints = await service.constraints(asked)
         for prompt in prompts:
             max_tokens = service.max_tokens(asked, len(prompt), info)
@@ -91,6 +108,7 @@ class Generation(Response):
                 params = asked.sampling(max_tokens, i, info.vocab_size)
                 params = msgspec.structs.replace(params, **constraints)
                 choices.append(Choice(service, prompt, params, len(choices), self.arrival))
+        service.metrics.observe_request(asked.n, choices)
         return choices
 
     async def run_choices(self, choices: list[Choice], each: Callable[[Choice, TextDelta], Awaitable[None]]) -> None:
@@ -122,13 +140,15 @@ class Generation(Response):
     # Replies
 
     async def run_whole(self) -> None:
-        choices = await self.choices()
-        deltas: list[list[TextDelta]] = [[] for _ in choices]
+        deltas: list[list[TextDelta]] = []
 
         async def keep(choice: Choice, delta: TextDelta) -> None:
             deltas[choice.index].append(delta)
 
-        await self.run_choices(choices, keep)
+        async with self.time_limit():
+            choices = await self.choices()
+            deltas += [[] for _ in choices]
+            await self.run_choices(choices, keep)
         data = encode_json(self.whole(choices, deltas))
         self.raw_headers.append((b"content-length", str(len(data)).encode()))
         await self.begin()
@@ -143,8 +163,9 @@ class Generation(Response):
 
     async def run_stream(self) -> None:
         try:
-            choices = await self.choices()
-            await self.run_choices(choices, self.send_delta)
+            async with self.time_limit():
+                choices = await self.choices()
+                await self.run_choices(choices, self.send_delta)
             if self.options.include_usage:
                 last = self.head(self.shape.chunk_kind)
                 last |= {"choices": [], "usage": self.usage(choices) | self.cost(choices)}
@@ -153,7 +174,8 @@ class Generation(Response):
         except Exception as error:
             if not self.begun:
                 raise
-            await self.write(b"data: " + encode_json(as_api_error(error).body()) + b"\n\n")
+            async with asyncio.timeout(LAST_EVENT_SECONDS):  # the client may be one that reads no more
+                await self.write(b"data: " + encode_json(as_api_error(error).body()) + b"\n\n")
         await self.write(b"data: [DONE]\n\n")
         await self.send({"type": "http.response.body", "body": b""})
 
@@ -177,7 +199,7 @@ class Generation(Response):
             await self.write(data)
 
     def head(self, kind: str) -> Json:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.service.model}
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.asked.model or self.service.model}
 
     def usage(self, choices: list[Choice]) -> Json:
         """Every prompt counts once, however many choices it has."""

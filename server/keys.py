@@ -15,12 +15,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.errors import FenError
 from server.errors import ApiError, error_response
+from server.logs import KEY
 
 log = logging.getLogger("fen.server")
 
 MIN_KEY_CHARACTERS = 8
 PUBLIC = frozenset({"/", "/health", "/ready"})  # and the files of the page, under /page/
-STATE = "fen.key"  # in an ASGI scope: the place of the caller's key, counted from 1
 
 
 def read_keys(path: str | None, environment: MutableMapping[str, str]) -> list[str]:
@@ -85,7 +85,7 @@ class ApiKeys:
 
     def cache_salt(self, scope: Scope, asked: str) -> str:
         """What a request's blocks are salted with: its own `cache_salt`, and its key where there are keys."""
-        place = scope.get(STATE)
+        place = scope.get(KEY)
         if place is None:
             return asked
         digest = hashlib.blake2b(self._digests[place - 1] + asked.encode(), key=self._secret, digest_size=16)
@@ -124,7 +124,8 @@ class KeyCheck:
             reply.headers["www-authenticate"] = "Bearer"
             await reply(scope, receive, send)
             return
-        await self.app({**scope, STATE: place}, receive, send)
+        scope[KEY] = place
+        await self.app(scope, receive, send)
 
 
 def _is_public(scope: Scope) -> bool:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -37,7 +44,7 @@ class Metrics:
 
     def __init__(self, service: Service):
         self.registry = CollectorRegistry()
-        name = service.model
+        name = self._name = service.model
 
         def histogram(metric: str, about: str, buckets: tuple[float, ...]) -> Histogram:
             family = Histogram(f"vllm:{metric}", about, ["model_name"], buckets=buckets, registry=self.registry)
@@ -50,6 +57,10 @@ class Metrics:
         self.refused = Counter(
             "fen:requests_refused", "Requests answered 429.", ["model_name"], registry=self.registry
         ).labels(name)
+        self._responses = Counter(
+            "fen:http_responses", "Requests answered, by status; 499: the client left.", ["model_name", "status"],
+            registry=self.registry,
+        )  # fmt: skip
         self.first_token = histogram("time_to_first_token_seconds", "Arrival to first token.", FIRST_TOKEN)
         self.inter_token = histogram("inter_token_latency_seconds", "Between two tokens of a request.", PER_TOKEN)
         self.per_token = histogram(
@@ -62,7 +73,11 @@ class Metrics:
         self.inference = histogram("request_inference_time_seconds", "First scheduled to last token.", LATENCY)
         self.prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
         self.generation_tokens = histogram("request_generation_tokens", "Generated tokens of a request.", TOKENS)
+        self.max_tokens = histogram("request_params_max_tokens", "New tokens that a request allows.", TOKENS)
+        self.most_tokens = histogram("request_max_num_generation_tokens", "Tokens of a request's longest.", TOKENS)
+        self.n = histogram("request_params_n", "Completions that a request asks for.", (1, 2, 5, 10, 20))
         self.registry.register(EngineCollector(service))
+        ProcessCollector(registry=self.registry)
         self.registry.register(CostCollector(service))
 
     def observe(self, choice: Choice) -> None:
@@ -70,6 +85,7 @@ class Metrics:
         self.finished[choice.finish_reason or "abort"].inc()
         self.prompt_tokens.observe(len(choice.prompt))
         self.generation_tokens.observe(choice.completion_tokens)
+        self.most_tokens.observe(choice.completion_tokens)
         if choice.started is None:
             return
         queued = choice.queue_seconds
@@ -81,6 +97,14 @@ class Metrics:
         self.inference.observe(max(total - queued, 0.0))
         if choice.completion_tokens > 1:
             self.per_token.observe((total - first) / (choice.completion_tokens - 1))
+
+    def responses(self, status: int) -> Counter:
+        return self._responses.labels(self._name, str(status))
+
+    def observe_request(self, n: int, choices: list[Choice]) -> None:
+        """Book a request as a whole, before its choices run."""
+        self.n.observe(n)
+        self.max_tokens.observe(choices[0].params.max_tokens)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -107,6 +131,11 @@ class EngineCollector(Collector):
             "prompt_tokens": ("Prompt tokens processed.", stats.prompt_tokens),
             "generation_tokens": ("Tokens generated.", stats.generation_tokens),
         }
+        log = self.service.log
+        ours = {
+            "engine_restarts": ("Engine processes that were replaced.", getattr(self.service.client, "restarts", 0)),
+            "log_lines_lost": ("Lines of the log that could not be written.", log.lost if log else 0),
+        }
         for metric, (about, value) in gauges.items():
             gauge = GaugeMetricFamily(f"vllm:{metric}", about, labels=["model_name"])
             gauge.add_metric(name, value)
@@ -115,6 +144,14 @@ class EngineCollector(Collector):
             counter = CounterMetricFamily(f"vllm:{metric}", about, labels=["model_name"])
             counter.add_metric(name, value)
             yield counter
+        for metric, (about, value) in ours.items():
+            counter = CounterMetricFamily(f"fen:{metric}", about, labels=["model_name"])
+            counter.add_metric(name, value)
+            yield counter
+        healthy, _ = self.service.client.health()
+        ready = GaugeMetricFamily("fen:ready", "1 while requests are answered.", labels=["model_name"])
+        ready.add_metric(name, float(healthy and not self.service.draining))
+        yield ready
         info = self.service.client.info
         if info is not None:
             config = GaugeMetricFamily(

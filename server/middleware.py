@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +17,8 @@ from server.settings import BODY_SECONDS, MAX_BODY_BYTES, MAX_HEADERS
 
 UNSAFE = re.compile(rb"[^A-Za-z0-9._:-]")
 MAX_DISCARDED_BYTES = 4 * MAX_BODY_BYTES  # a client that is still sending would not read the 413
+CLIENT_LEFT = 499  # nginx's status for a reply that nobody waited for
+Done = Callable[[Scope, str, int, float], None]
 NOSNIFF = (b"x-content-type-options", b"nosniff")
 # Of HTML. The page loads nothing from elsewhere; /docs is FastAPI's, whose script, style and icon are.
 ONLY_OURS = "default-src 'self'"
@@ -41,8 +45,10 @@ def browser_headers(path: str, content_type: bytes) -> list[tuple[bytes, bytes]]
 class Envelope:
     """Pure ASGI, so that streaming and disconnects pass through untouched."""
 
-    def __init__(self, app: ASGIApp):
+    def __init__(self, app: ASGIApp, done: Done):
+        """`done`: called once a request is over."""
         self.app = app
+        self.done = done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,12 +59,12 @@ class Envelope:
         head = scope["method"] == "HEAD"
         if head:
             scope = {**scope, "method": "GET"}
-        begun = False
+        arrival, begun, status = time.monotonic(), False, CLIENT_LEFT
 
         async def reply(message: Message) -> None:
-            nonlocal begun
+            nonlocal begun, status
             if message["type"] == "http.response.start":
-                begun = True
+                begun, status = True, message["status"]
                 headers: list[Any] = list(message.get("headers", ()))
                 content_type = next((value for name, value in headers if name.lower() == b"content-type"), b"")
                 headers += [(b"x-request-id", request_id), *browser_headers(scope["path"], content_type)]
@@ -75,6 +81,8 @@ class Envelope:
             if begun:
                 raise
             await error_response(error)(scope, receive, reply)
+        finally:
+            self.done(scope, request_id.decode(), status, time.monotonic() - arrival)
 
 
 def bounded(scope: Scope, receive: Receive) -> Receive:

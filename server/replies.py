@@ -296,6 +296,7 @@ class RecentRequest(Reply):
     """A request that has ended. Numbers only: its text is nowhere kept."""
 
     id: str
+    model: str = Field(description="the name that was asked for")
     created: int = Field(description="seconds since 1970")
     object: Literal["chat.completion", "text_completion"]
     choices: int

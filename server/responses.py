@@ -58,8 +58,9 @@ class ResponsesGeneration(Generation):
 
     async def run_stream(self) -> None:
         try:
-            (choice,) = await self.choices()
-            await self.run_choices([choice], self.send_delta)
+            async with self.time_limit():
+                (choice,) = await self.choices()
+                await self.run_choices([choice], self.send_delta)
             await self.send_events(self.ended(choice))
         except Exception as error:
             if not self.begun:
@@ -112,7 +113,7 @@ class ResponsesGeneration(Generation):
             "status": status,
             "error": failure,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "model": self.service.model,
+            "model": self.asked.model or self.service.model,
             "output": self.output.items,
             "usage": ended and self.response_usage(ended),
             "metrics": ended and self.timing([ended]),

@@ -18,6 +18,7 @@ from engine.errors import FenError
 from server.app import create_app
 from server.banner import print_banner
 from server.keys import read_keys
+from server.logs import log, logging_to
 from server.service import Service
 from server.settings import MAX_HEAD_BYTES, ServerSettings
 
@@ -26,9 +27,12 @@ def serve(settings: ServerSettings) -> None:
     """Returns after a signal, when everything in flight is answered. Raises FenError when it cannot run at all."""
     if settings.price is not None:
         parse_price(settings.price)  # refused before anything is loaded
-    keys = read_keys(settings.api_key_file, os.environ)
     console = Console(stderr=True)
-    with claim_port(settings.host, settings.port) as listener:
+    with (
+        logging_to(settings.log_file, settings.log_format) as writer,
+        claim_port(settings.host, settings.port) as listener,
+    ):
+        keys = read_keys(settings.api_key_file, os.environ)
         checkpoint = open_checkpoint(settings.engine.model, settings.engine.load_format)
         client = EngineClient(settings.engine)
         failure: FenError | None = None
@@ -43,6 +47,9 @@ def serve(settings: ServerSettings) -> None:
             else:
                 host, port = listener.getsockname()[:2]
                 print_banner(console, info, service, host, port)
+                seconds = round(info.load_seconds, 3)
+                fields = {"model": service.model, "host": host, "port": port, "load_seconds": seconds}
+                log.info("ready", extra={"fields": fields})
 
         app = create_app(
             client,
@@ -54,6 +61,7 @@ def serve(settings: ServerSettings) -> None:
             keys=keys,
         )
         service: Service = app.state.service
+        service.log = writer
         config = uvicorn.Config(
             app,
             lifespan="on",
@@ -94,6 +102,7 @@ class Server(uvicorn.Server):
         self.drainer = asyncio.create_task(self.drain())
 
     async def drain(self) -> None:
+        log.info("draining", extra={"fields": {"completions": self.service.admitted}})
         if self.service.admitted:
             seconds = self.service.settings.drain_timeout
             self.console.print(

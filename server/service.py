@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from starlette.types import Scope
+
 from bench.prices import Price, no_price, parse_price, price_of
 from engine.chat import mark_texts
 from engine.checkpoint.tokenizer import Tokenizer
@@ -22,6 +24,7 @@ from server.energy import EnergyMeter
 from server.errors import ApiError
 from server.grammar_check import GrammarCheck
 from server.keys import ApiKeys
+from server.logs import LogWriter, log_request
 from server.metrics import Metrics
 from server.protocol import ChatCompletionRequest, CompletionRequest, GenerationBody, Message
 from server.recent import Recent
@@ -56,13 +59,15 @@ class Service:
         self.templates = None if chat_template is None else TemplateProcess(chat_template, special_tokens)
         self.call_form = form_of(chat_template)  # None: tools and calls are written into the messages
         self.settings = settings
-        self.model = settings.served_model_name or model
+        self.models = tuple(dict.fromkeys(settings.served_model_name)) or (model,)
+        self.model = self.models[0]
         self.created = int(time.time())
         self.draining = False
         self.admitted = 0  # completions accepted and not yet answered
         self.choices: set[Choice] = set()  # of these, the ones handed to the engine
         self.grammars = GrammarCheck(settings.engine.model, settings.engine.load_format)
         self.energy = EnergyMeter()
+        self.log: LogWriter | None = None
         self.recent = Recent()
         self._price = None if settings.price is None else parse_price(settings.price)
         self.metrics = Metrics(self)
@@ -108,6 +113,11 @@ class Service:
 
     # State
 
+    def answered(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+        """A request is over: its line in the log, and its status in the metrics."""
+        self.metrics.responses(status).inc()
+        log_request(scope, request_id, status, seconds)
+
     def check_ready(self) -> EngineInfo:
         """-> what runs. Raises ApiError 503 with the reason while loading, draining, restarting or dead."""
         ok, reason = self.client.health()
@@ -119,9 +129,10 @@ class Service:
         return self.client.info
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model:
+        if name is not None and name not in self.models:
+            served = " and ".join(map(repr, self.models))
             raise ApiError(
-                404, f"the model {name[:200]!r} does not exist here; this server serves {self.model!r}",
+                404, f"the model {name[:200]!r} does not exist here; this server serves {served}",
                 param="model", code="model_not_found",
             )  # fmt: skip
 
@@ -130,6 +141,17 @@ class Service:
         """Completions in the queue. The engine's own count is as old as its last step, hence the upper bound."""
         unstarted = self.admitted - sum(choice.started is not None for choice in self.choices)
         return min(max(self.admitted - self.settings.engine.max_num_seqs, self.client.stats.waiting), unstarted)
+
+    def admit_tokens(self, prompts: list[list[int]], each: int) -> None:
+        """Raises ApiError 429 when `each` completions of `prompts` would have too many tokens wait behind others."""
+        tokens = each * sum(map(len, prompts))
+        queued = sum(len(choice.prompt) for choice in self.choices if choice.started is None)
+        if self.waiting > each * len(prompts) and queued + tokens > self.settings.max_queue_tokens:
+            self.metrics.refused.inc()
+            raise ApiError(
+                429, f"the queue is full ({queued} tokens of prompts wait, and this request has {tokens}); try again "
+                "shortly", code="queue_full", retry_after=1,
+            )  # fmt: skip
 
     @contextlib.contextmanager
     def admit(self, count: int) -> Iterator[None]:

@@ -17,10 +17,10 @@ from server.version import version
 router = APIRouter()
 
 
-def card(service: Service) -> ModelCard:
+def card(service: Service, name: str) -> ModelCard:
     info = service.client.info
     return ModelCard(
-        id=service.model,
+        id=name,
         object="model",
         created=service.created,
         owned_by="fen",
@@ -34,7 +34,8 @@ def card(service: Service) -> ModelCard:
 @router.get("/models", include_in_schema=False)
 async def list_models(request: Request) -> ModelList:
     """What is served."""
-    return ModelList(object="list", data=[card(request.app.state.service)])
+    service: Service = request.app.state.service
+    return ModelList(object="list", data=[card(service, name) for name in service.models])
 
 
 @router.get("/v1/models/{model:path}")
@@ -43,7 +44,7 @@ async def retrieve_model(model: str, request: Request) -> ModelCard:
     """One of them; 404 `model_not_found` for another name."""
     service: Service = request.app.state.service
     service.check_model(model)
-    return card(service)
+    return card(service, model)
 
 
 @router.get("/health")

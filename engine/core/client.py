@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -31,6 +32,7 @@ STEP_FORECASTS = 9.0
 PREPARING_SECONDS = 600.0  # for compiling kernels and capturing graphs
 COUNTERS = ("prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "steps")
 
+log = logging.getLogger("fen.engine")
 OnLoading = Callable[[str, float], None]
 
 
@@ -254,6 +256,7 @@ class EngineClient:
                 return
             self.state, self.reason = "restarting", f"{reason}; it is being restarted"
             self.restarts += 1
+            log.warning("%s", self.reason)
             await asyncio.sleep(0.5 * 2 ** (failures - 1))
 
     async def _life(self) -> tuple[str, bool]:

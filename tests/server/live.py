@@ -141,4 +141,5 @@ def settings(model: str, engine: dict[str, Any] | None = None, **server: Any) ->
     """One thread: other tests may run beside it."""
     options: dict[str, Any] = {"model": model, "threads": 1, "kv_cache_tokens": 4096, "max_model_len": 512}
     options |= engine or {}
-    return ServerSettings(port=free_port(), served_model_name="smollm2", engine=EngineOptions(**options), **server)
+    server = {"port": free_port(), "served_model_name": ["smollm2"], "engine": EngineOptions(**options)} | server
+    return ServerSettings(**server)
