@@ -140,9 +140,14 @@ def test_doctor_looks_for_every_dependency() -> None:
 
 
 def test_the_documents_name_files_that_exist() -> None:
-    for document in (ROOT / "README.md", ROOT / "docs" / "architecture.md", ROOT / "seeds" / "README.md"):
+    for document in (
+        ROOT / "README.md",
+        ROOT / "SECURITY.md",
+        ROOT / "docs" / "architecture.md",
+        ROOT / "seeds" / "README.md",
+    ):
         text = document.read_text(encoding="utf-8")
-        named = set(re.findall(r"`((?:engine|kernels|server|bench|seeds|tests|docs)/[\w./*-]*)`", text))
+        named = set(re.findall(r"`((?:engine|kernels|server|bench|seeds|tests|docs|deploy)/[\w./*-]*)`", text))
         named |= set(re.findall(r"\]\(([\w./-]+)\)", text))
         missing = [name for name in sorted(named) if not _exists(name, ROOT) and not _exists(name, document.parent)]
         assert not missing, document
