@@ -43,9 +43,7 @@ def deeper(value: Any, limit: int) -> bool:
     for _ in range(limit):
         inner = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
         level = [item for item in inner if isinstance(item, (dict, list))]
-        if not level:
-            return False
-    return True
+    return bool(level)
 
 
 def non_finite_field(body: bytes) -> str | None:
