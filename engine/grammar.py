@@ -123,7 +123,15 @@ class _Vocabulary:
         self._tokenizer = tokenizer
 
     def __call__(self, text: bytes) -> list[int]:
-        return self._tokenizer.encode(text.decode(), add_special_tokens=False, parse_special=False)
+        """Tokens of exactly these bytes: what a tokenizer puts before a text (SentencePiece: a space) is cut off, if
+        need be with a control character between, which is a token of its own."""
+        for before in ("", "\x02"):
+            ids = self._tokenizer.encode(before + text.decode(), add_special_tokens=False, parse_special=False)
+            data = [self._tokenizer.token_bytes(id) for id in ids]
+            for start in range(3):
+                if b"".join(data[start:]) == text:
+                    return ids[start:]
+        return []
 
 
 def _stand_back() -> None:

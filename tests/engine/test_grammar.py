@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +16,12 @@ from llguidance import LLMatcher
 
 from engine import LLM, SamplingParams
 from engine.checkpoint import Tokenizer, open_checkpoint
+from engine.checkpoint.dummy import SHAPES
+from engine.checkpoint.gguf import read_gguf
+from engine.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from engine.errors import RequestError
 from engine.grammar import Grammars, Guide
+from tests.engine.checkpoint.llama_cpp_variants import SENTENCEPIECE, variant
 
 WORDS = ["a", "ab", "abc", "b", "ba", "c", "cab"]  # every prefix of an accepted text can be continued to one
 CHOICES = "start: " + " | ".join(map(json.dumps, WORDS))
@@ -174,3 +180,29 @@ def test_a_step_that_is_computed_again_draws_the_same(grammars: Grammars, tokeni
     assert (guide.allowed(1) == plain.allowed(1)).all() and guide.allowed(1)[b]
     grammars.advance([(guide, b)])
     assert not guide.allowed(2)[b] and guide.allowed(2)[list(tokenizer.eos_ids)].all()
+
+
+@pytest.mark.parametrize("kind", ["smollm", "llama-bpe", SENTENCEPIECE])
+def test_every_kind_of_tokenizer(smollm2: Path, kind: str) -> None:
+    """Of a GGUF file: whatever is drawn of what is allowed, the bytes make JSON of the schema, and it can end."""
+    file = read_gguf(smollm2)
+    config = dataclasses.replace(SHAPES["smollm2-135m"], eos_token_ids=(2,))
+    tokenizer = tokenizer_from_gguf(dataclasses.replace(file, metadata=variant(file.metadata, kind)), config)
+    properties = {"the first name": {"type": "string", "maxLength": 4}, "n": {"enum": [None, "quite a long word", 5]}}
+    schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    options = {"whitespace_flexible": False}
+    grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]
+    grammars = Grammars(tokenizer, config.vocab_size, (2,))
+    for seed in range(10):
+        guide, data, draw = grammars.guide(grammar), b"", random.Random(seed)
+        for _ in range(60):
+            token = draw.choice(guide.allowed(guide.length).nonzero()[0].tolist())
+            if token == 2:
+                break
+            data += tokenizer.token_bytes(token)
+            grammars.advance([(guide, token)])
+        value = json.loads(data)
+        assert list(value) == [*properties] and value["n"] in properties["n"]["enum"]
+        assert len(value["the first name"]) <= 4
+    text = '{"the first name":"x","n":"quite a long word"}'
+    assert b"".join(map(tokenizer.token_bytes, grammars.vocabulary.tokenize_str(text))) == text.encode()
