@@ -136,8 +136,8 @@ def form_of(template: str | None) -> CallForm | None:
     """The form that a chat template asks for; None: it carries no tools, or in a form that is not known here."""
     if template is None or not re.search(r"\btools\b", template):
         return None
-    if HERMES.marker in template:
-        return HERMES
+    if HERMES.marker in template:  # with XML inside it is a form of its own, as Qwen3-Coder's and GLM's
+        return None if "<function=" in template or "<arg_key>" in template else HERMES
     if MISTRAL.marker in template and "[ARGS]" not in template:
         spaced = f"{MISTRAL.marker} ["
         return dataclasses.replace(MISTRAL, begin=spaced) if spaced in template else MISTRAL

@@ -11,12 +11,28 @@ import hypothesis.strategies as st
 import pytest
 from llguidance import LLMatcher
 
+from engine.chat import render_chat
 from engine.checkpoint import Tokenizer
 from engine.errors import RequestError
 from engine.grammar import Grammars
+from engine.messages import Output
+from server.protocol import Message
 from server.structured import Structure, grammar_of
 from server.tool_parser import ToolParser
-from server.tools import HERMES, LLAMA, MISTRAL, CallForm, Function, Named, Tool, call_grammar, form_of, write_out
+from server.tools import (
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    CallForm,
+    Function,
+    Named,
+    Tool,
+    call_grammar,
+    form_of,
+    plain_tools,
+    write_out,
+)
+from tests.server.scripted import ScriptedEngine, ask
 
 FORMS = [HERMES, MISTRAL, LLAMA]
 JSON = st.recursive(
@@ -167,6 +183,7 @@ def test_a_tools_schema_is_lenient_unless_it_is_strict(grammars: Grammars) -> No
 def test_the_form_is_the_templates() -> None:
     assert form_of(None) is None and form_of("{{ messages }}") is None
     assert form_of("{% if tools %}<tool_call>{% endif %}") is HERMES
+    assert form_of("{% if tools %}<tool_call>\n<function={{ name }}>{% endif %}") is None
     assert form_of("{% if tools %}[TOOL_CALLS][{% endif %}") is MISTRAL
     spaced = form_of("{% if tools %}[TOOL_CALLS] [{% endif %}")
     assert spaced is not None and spaced.begin == "[TOOL_CALLS] ["
@@ -194,3 +211,44 @@ def test_conversations_for_a_template_without_tools() -> None:
     assert set().union(*plain) == {"role", "content"}
     assert write_out(messages[1:2], [{"type": "function"}])[0]["role"] == "system"
     assert write_out(messages[:2], []) == messages[:2]
+
+
+QWEN = """\
+{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif %}
+{% for message in messages %}[{{ message.role }}] {{ message.content }}
+{% for call in message.tool_calls or [] %}
+<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>
+{% endfor %}{% endfor %}"""
+
+
+def test_a_template_that_carries_tools_gets_them_as_objects(tokenizer: Tokenizer) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city":"Rome"}'}}
+    messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "1", "content": "21"}]
+    plain = [Message.model_validate(message).plain() for message in messages]
+    text = render_chat(QWEN, plain, tokenizer, True, plain_tools(TOOLS))
+    assert written(HERMES, [("get_weather", {"city": "Rome"})]) in text and "[tool] 21" in text
+    assert '"name": "now", "description": "", "parameters": {"type": "object"' in text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_reply_under_such_a_template(tokenizer: Tokenizer, stream: bool) -> None:
+    tokens = tokenizer.encode("Wait. " + written(HERMES, [("now", {}), ("now", {"a": 1})]), False)
+    outputs = [Output(id="x", tokens=[token]) for token in tokens] + [Output(id="x", tokens=[2], finish_reason="stop")]
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    body = {"messages": [{"role": "user", "content": "Time?"}], "tools": tools, "stream": stream}
+    short = "{% if tools %}<tool_call>{% endif %}{{ messages[0].content }}"
+    reply = ask(ScriptedEngine(*outputs), tokenizer, "POST", "/v1/chat/completions", template=short, json=body)
+    assert reply.status_code == 200, reply.text
+    if not stream:
+        choice = reply.json()["choices"][0]
+        assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "Wait. "
+        called = [call["function"] for call in choice["message"]["tool_calls"]]
+        assert called == [{"name": "now", "arguments": "{}"}, {"name": "now", "arguments": '{"a": 1}'}]
+        return
+    chunks = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert choices[-1]["finish_reason"] == "tool_calls"
+    content, calls = replay([{key: value for key, value in choice["delta"].items() if value} for choice in choices])
+    assert content == "Wait. " and [call["arguments"] for call in calls] == ["{}", '{"a": 1}']
