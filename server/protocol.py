@@ -227,6 +227,8 @@ class TokenizeRequest(Body):
     def _one_of(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("give either prompt or messages", "prompt")
+        if self.tools and self.messages is None:
+            raise RequestError("tools is only allowed with messages", "tools")
         return self
 
 

@@ -186,6 +186,7 @@ CASES = [
     chat("chat_template_kwargs", chat_template_kwargs={"enable_thinking": True}),
     pytest.param("/tokenize", {}, 400, "prompt", id="tokenize nothing"),
     pytest.param("/tokenize", {"prompt": "a", "messages": HI}, 400, "prompt", id="tokenize both"),
+    pytest.param("/tokenize", {"prompt": "a", "tools": [tool("f")]}, 400, "tools", id="tokenize prompt with tools"),
     pytest.param("/tokenize", {"prompt": 5}, 400, "prompt", id="tokenize number"),
     pytest.param("/detokenize", {"tokens": [49152]}, 400, "tokens", id="detokenize out of range"),
     pytest.param("/detokenize", {"tokens": "a"}, 400, "tokens", id="detokenize text"),
