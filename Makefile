@@ -13,7 +13,7 @@ PIP_INSTALL := $(PY) -m pip install $(if $(CI),--quiet) --disable-pip-version-ch
 # A GPU's price is found by its name.
 CPU_PRICE = $(if $(shell command -v nvidia-smi),,cpu-4vcpu)
 
-.PHONY: help serve test test-clients lint format bench-cpu fuzz clean
+.PHONY: help serve test test-load test-clients lint format bench-cpu fuzz clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "                   MODEL=name-or-path  PORT=8000  ARGS='--dtype float32 --max-num-seqs 16'"
 	@echo "                   PRICE=cpu-4vcpu  what the device costs: a name of seeds/prices.toml, or US$$ an hour"
 	@echo "make test          every test that this machine can run; ARGS='-k scheduler' narrows it"
+	@echo "make test-load     a server under more load than it can take, at full size: some minutes"
 	@echo "make test-clients  real clients against a live server; they are installed into .venv-clients"
 	@echo "make lint          ruff, mypy, and the number of lines of engine/ and kernels/"
 	@echo "make format        let ruff rewrite the files"
@@ -36,6 +37,9 @@ test: $(DEV)
 	@$(PY) tests/run.py $(ARGS)
 
 # --confcutdir: tests/conftest.py needs Fen's own libraries.
+test-load: $(DEV)
+	@$(PY) -m pytest -q tests/load $(ARGS)
+
 test-clients: $(RUN_TIME) $(CLIENTS)/installed
 	@$(CLIENTS)/bin/python -m pytest --confcutdir tests/clients tests/clients $(ARGS)
 

@@ -107,6 +107,24 @@ def ladder(
 
 
 @bench.command()
+@engine_options
+def load(
+    engine: EngineOptions,
+    soak: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Of random load; 0 leaves it out.")] = 120.0,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the result there, too.")] = None,
+) -> None:
+    """See what a server withstands, beside what is wanted of it.
+
+    It starts servers of its own on this machine: a thousand connections, cancelled and bad requests, large prompts, an
+    engine that hangs; what HTTP takes from the engine's speed; memory and CPU. About six minutes.
+    """
+    check_installation()
+    from bench.load.command import run
+
+    run(engine, soak, json)
+
+
+@bench.command()
 def kernels(
     only: Annotated[str, typer.Option(metavar="TEXT", help="Only the cases whose name contains this.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes.")] = False,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
+import resource
 import socket
 from types import FrameType
 
@@ -27,6 +29,7 @@ def serve(settings: ServerSettings) -> None:
     """Returns after a signal, when everything in flight is answered. Raises FenError when it cannot run at all."""
     if settings.price is not None:
         parse_price(settings.price)  # refused before anything is loaded
+    raise_file_limit()
     console = Console(stderr=True)
     with (
         logging_to(settings.log_file, settings.log_format) as writer,
@@ -110,6 +113,13 @@ class Server(uvicorn.Server):
             )
         await self.service.drain(self.service.settings.drain_timeout)
         self.should_exit = True
+
+
+def raise_file_limit() -> None:
+    """As many sockets as the system lets this user have: every connection is one, and the usual 1,024 are soon used."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # macOS calls it unlimited and takes no such number
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def claim_port(host: str, port: int) -> socket.socket:

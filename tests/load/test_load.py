@@ -1,0 +1,78 @@
+"""A server under more load than it can take, at full size (`make test-load`; some minutes). What is right or wrong
+about it; how fast it is, `fen bench load` measures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from bench.load import scenarios
+from bench.load.server import Server, running
+
+SEQS, QUEUE = 16, 64
+GROWTH = 16 * scenarios.MIB  # of a process, from one thousand connections to the next
+SLOPE = 8 * scenarios.MIB  # a minute
+SHAPES = 256 * scenarios.MIB  # what oneDNN keeps for each of the last 1,024 shapes of a matmul comes to less
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    arguments = ["--kv-cache-tokens", "8192", "--max-model-len", "1024"]
+    with running([*arguments, "--max-num-seqs", str(SEQS), "--max-queue", str(QUEUE)]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def roomy() -> Iterator[Server]:
+    """With a queue for everybody."""
+    with running(["--kv-cache-tokens", "8192", "--max-model-len", "1024"]) as server:
+        yield server
+
+
+def test_a_thousand_connections(server: Server) -> None:
+    """As many as fit are served, whole; all others are turned away with 429, and none of it stays in memory."""
+
+    async def run() -> None:
+        memory = []
+        for _ in range(3):
+            seen = await scenarios.burst(server)
+            assert set(seen.statuses) == {200, 429}, seen.statuses
+            assert seen.admitted_first >= SEQS + QUEUE
+            for answer in seen.answers:
+                if answer.status == 200:
+                    assert answer.json()["usage"]["completion_tokens"] == 16
+                else:
+                    assert answer.json()["error"]["type"] == "rate_limit_error"
+            load = await server.wait_idle()
+            assert load["kv_blocks_used"] == load["server_load"] == 0, load
+            memory.append(server.memory())
+        for process in memory[0]:
+            assert memory[2][process] - memory[1][process] < GROWTH, memory
+
+    asyncio.run(run())
+
+
+def test_200_cancelled_long_requests(roomy: Server) -> None:
+    async def run() -> None:
+        answer = await scenarios.cancelled(roomy)
+        assert answer.status == 200 and answer.json()["choices"][0]["text"].startswith(" Paris.")
+        load = await roomy.wait_idle(5)
+        assert load["kv_blocks_used"] == load["server_load"] == load["waiting"] == 0, load
+
+    asyncio.run(run())
+
+
+def test_two_minutes_of_everything(server: Server) -> None:
+    async def run() -> None:
+        seen = await scenarios.soak(server)
+        assert not [status for status in seen.statuses if status >= 500], seen.statuses
+        assert seen.statuses[200] > 100 and seen.statuses[400] > 50, seen.statuses
+        assert not any(seen.after[name] for name in ("server_load", "running", "waiting", "kv_blocks_used")), seen.after
+        assert seen.answer.json()["choices"][0]["text"].startswith(" Paris.")
+        samples = [memory for _, memory in seen.memory]
+        assert seen.slope("front end") < SLOPE, samples[::10]
+        assert samples[-1]["engine"] - samples[0]["engine"] < SHAPES, samples[::10]
+
+    asyncio.run(run())
