@@ -6,7 +6,7 @@ import importlib.resources
 import random
 import tomllib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -38,8 +38,8 @@ class Rung(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     name: str
     technique: str
-    runs: str  # "plain" | "engine"
-    weights: str  # "dense" | "stored" | "w8a8"
+    runs: Literal["plain", "engine"]
+    weights: Literal["dense", "stored", "w8a8"]
     sequential: bool = False
     options: dict[str, Any] = {}  # of engine.messages.EngineOptions
 
