@@ -47,7 +47,17 @@ class Section:
 
 
 def sections(dry: bool) -> list[Section]:
-    from bench.gpu_sections import ceilings, check, end_to_end, graph_equals_eager, machine, step, timing, transformers
+    from bench.gpu_sections import (
+        ceilings,
+        check,
+        end_to_end,
+        graph_equals_eager,
+        ladder,
+        machine,
+        step,
+        timing,
+        transformers,
+    )  # fmt: skip
 
     checks = [
         Section(f"check {family} {i + 1} of {count}", check(family, i, count), 150, together=True)
@@ -65,6 +75,7 @@ def sections(dry: bool) -> list[Section]:
         Section("step", step, 45),
         Section("end to end", end_to_end, 120),
         Section("transformers", transformers, 120),
+        Section("ladder", ladder, 240),
     ]
 
 
@@ -231,7 +242,7 @@ def report(results: dict[str, Result], dry: bool) -> str:
         lines.append(markdown_table(["kernel", "µs", "is", "wanted", "of"], targets))
     speeds = [
         [row["name"], f"{row['tokens_per_second']:,.0f}", f"{row['wanted']:g}" if row.get("wanted") else ""]
-        for row in rows_of(results, "end to end") + rows_of(results, "transformers")
+        for row in rows_of(results, "end to end") + rows_of(results, "transformers") + rows_of(results, "ladder")
         if "tokens_per_second" in row
     ]
     if speeds:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
-from bench import gpu_operations, kernel_cases, kernels
+from bench import gpu_operations, kernel_cases, kernels, results
 from bench import step as decode_step
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.kernel_cases import Case
@@ -24,6 +25,7 @@ from bench.operations import Place, reason
 Result = dict[str, Any]
 Run = Callable[[bool, Path], Iterator[Result]]
 DUMMIES = ("llama-3-8b", "yi-6b", "yi-34b")
+LADDER = ("llama-3-8b",)
 FAMILIES = {"w4a16": "w4", "dequant_w4": "w4", "decode": "attention", "prefill": "attention"}
 WANTED = {("llama-3-8b", 1): 170.0}  # tokens a second in 16 bits
 PROMPT, NEW = 128, 128
@@ -163,6 +165,25 @@ def transformers(dry: bool, folder: Path) -> Iterator[Result]:
         except Exception as error:
             rows.append({"name": label, "not_run": reason(error)})
         yield {"rows": rows}
+
+
+def ladder(dry: bool, folder: Path) -> Iterator[Result]:
+    """The cost ladder on dummy weights. Its own file, ladder_gpu.json, has all of it, and is gone on with."""
+    from bench import ladder as cost
+    from bench.ladder_workload import load
+
+    path, whole = folder / "ladder_gpu.json", load()
+    if dry:
+        small = {"requests": 4, "concurrency": 2, "shared_prefix": 64, "tail": (4, 8), "new_tokens": (3, 5)}
+        work = msgspec.structs.replace(whole.workload, **small, quality_tokens=12)
+        whole = msgspec.structs.replace(whole, workload=work, cpu=whole.gpu)
+    model, load_format = _models(dry, folder, LADDER)[-1]
+    device, threads = ("cpu", 1) if dry else ("cuda", None)
+    cost.run(model, load_format, device, threads, None, path, path.exists(), whole, small=dry)
+    rungs = results.load(path, cost.KIND).data["rungs"]
+    rows = [{"name": f"ladder {i}, {rung['name']}", "cut": rung["cut"], "usd_per_million": rung["usd_per_million"],
+             "tokens_per_second": rung["tokens_per_second"]} for i, rung in enumerate(rungs, 1)]  # fmt: skip
+    yield {"rows": rows}
 
 
 def _device(dry: bool) -> torch.device:

@@ -35,7 +35,7 @@ import msgspec
 from bench import results
 from bench.ladder_workload import Ladder, Rung, Workload, load
 from bench.machine import Disturbance, commit
-from bench.prices import WORK, Price, no_price, per_million, usd
+from bench.prices import WORK, Price, no_price, per_million, price_of, usd
 from bench.report import markdown_table
 from engine.checkpoint import open_checkpoint
 from engine.errors import FenError
@@ -66,13 +66,13 @@ def run(
     ladder = ladder or load()
     checkpoint = open_checkpoint(model, load_format)
     path = path or RESULTS / f"ladder_{'gpu' if device == 'cuda' else 'cpu'}.json"
-    result = _fresh(checkpoint.name, checkpoint.quantization, load_format, device, threads, price, ladder)
+    workload, rungs = ladder.on(device)
+    result = _fresh(checkpoint.name, checkpoint.quantization, load_format, device, threads, price, workload)
     if resume:
         result = _resumed(path, result)
     data = result.data
-    rungs = ladder.gpu if device == "cuda" else ladder.cpu
     place = {"model": model, "load_format": load_format, "device": device, "threads": threads}
-    request = {"place": place, "workload": msgspec.to_builtins(ladder.workload), "small": small}
+    request = {"place": place, "workload": msgspec.to_builtins(workload), "small": small}
 
     def keep() -> None:
         results.save(path, result)
@@ -110,14 +110,14 @@ def _fresh(
     device: str,
     threads: int | None,
     price: Price | None,
-    ladder: Ladder,
+    workload: Workload,
 ) -> results.Result:
     data = {
         "device_kind": "gpu" if device == "cuda" else "cpu",
         "threads": threads or len(os.sched_getaffinity(0)),
         "load_format": load_format,
         "basis": "busy",
-        "workload": msgspec.to_builtins(ladder.workload),
+        "workload": msgspec.to_builtins(workload),
         "target_cut": TARGET_CUT,
         "complete": False,
         "rungs": [],
@@ -129,6 +129,7 @@ def _fresh(
         if not torch.cuda.is_available():
             raise FenError("there is no GPU here that PyTorch can use; --device cpu measures the rungs of a CPU")
         name = torch.cuda.get_device_name()
+        price = price or price_of(name)
     return results.new(KIND, data, model=model, quantization=quantization, device=name, price=price)
 
 

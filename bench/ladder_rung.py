@@ -88,7 +88,32 @@ def w8a8(checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(checkpoint, quantization="W8A8", tensors=tensors)
 
 
-WEIGHTS = {"stored": lambda checkpoint: checkpoint, "dense": dense, "w8a8": w8a8}
+def four_bit(checkpoint: Checkpoint) -> Checkpoint:
+    """As stored if that is 4-bit; else the layers' weights rounded to GGUF's Q4_0, when they are read."""
+    if checkpoint.quantization.startswith("Q4"):
+        return checkpoint
+    tensors = {
+        name: StoredTensor(name, "Q4_0", tensor.shape, functools.partial(_q4_0, tensor))
+        if name.endswith("_proj.weight") and tensor.shape[1] % 32 == 0
+        else tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
+    return dataclasses.replace(checkpoint, quantization="Q4_0", tensors=tensors)
+
+
+def _q4_0(tensor: StoredTensor) -> Any:
+    """Blocks of 32: an fp16 scale that puts the largest weight on -8, then 16 bytes, the first 16 in the low bits."""
+    found = []
+    for rows in matrix(tensor, torch.float32).view(-1, 32).split(1 << 20):
+        largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+        scale = (largest / -8).half()
+        inverse = torch.where(scale == 0, 0.0, 1 / scale.float())
+        q = (rows * inverse + 8.5).clamp_(0, 15).to(torch.uint8)
+        found.append(torch.cat([scale.view(torch.uint8), q[:, :16] | q[:, 16:] << 4], 1))
+    return torch.cat(found).numpy()
+
+
+WEIGHTS = {"stored": lambda checkpoint: checkpoint, "dense": dense, "4-bit": four_bit, "w8a8": w8a8}
 
 
 def ceilings(place: Place, small: bool) -> dict[str, Any]:

@@ -39,15 +39,19 @@ class Rung(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     name: str
     technique: str
     runs: Literal["plain", "engine"]
-    weights: Literal["dense", "stored", "w8a8"]
+    weights: Literal["dense", "stored", "4-bit", "w8a8"]
     sequential: bool = False
     options: dict[str, Any] = {}  # of engine.messages.EngineOptions
 
 
 class Ladder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     workload: Workload
+    gpu_workload: Workload
     cpu: list[Rung]
-    gpu: list[Rung] = []
+    gpu: list[Rung]
+
+    def on(self, device: str) -> tuple[Workload, list[Rung]]:
+        return (self.gpu_workload, self.gpu) if device == "cuda" else (self.workload, self.cpu)
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -65,15 +69,12 @@ def load(text: str | None = None) -> Ladder:
         ladder = msgspec.convert(tomllib.loads(text), Ladder)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise FenError(f"the ladder's data cannot be used: {error}") from None
-    work = ladder.workload
-    lengths = (work.tail[0], work.new_tokens[0], work.quality_tokens - 1, work.requests, work.concurrency)
-    if (
-        min(lengths) < 1
-        or work.shared_prefix < 0
-        or work.tail[0] > work.tail[1]
-        or work.new_tokens[0] > work.new_tokens[1]
-    ):
-        raise FenError("the ladder's workload has a count or a length below 1, or a range that ends before it begins")
+    for work in (ladder.workload, ladder.gpu_workload):
+        least = min(work.tail[0], work.new_tokens[0], work.quality_tokens - 1, work.requests, work.concurrency)
+        if least < 1 or work.shared_prefix < 0:
+            raise FenError("the ladder's workload has a count or a length below 1")
+        if work.tail[0] > work.tail[1] or work.new_tokens[0] > work.new_tokens[1]:
+            raise FenError("the ladder's workload has a range that ends before it begins")
     return ladder
 
 

@@ -15,7 +15,7 @@ from bench import ladder, ladder_rung, results
 from bench.ceilings import Ceilings
 from bench.ladder_workload import Rung, Task, Workload, floor_seconds, load, tasks
 from bench.local_engine import LocalEngine
-from bench.plain import PlainModel
+from bench.plain import PlainModel, matrix
 from bench.prices import Price
 from bench.prompts import make_prompt, prose_tokens
 from engine.checkpoint import open_checkpoint
@@ -64,6 +64,7 @@ def test_the_workload_is_the_same_for_the_same_seed() -> None:
         ("seed = ", "sed = ", "sed"),
         ('runs = "plain"', 'runs = "fast"', "runs"),
         ('weights = "w8a8"', 'weights = "w2"', "weights"),
+        ("concurrency = 48", "concurrency = 0", "below 1"),
         ("[workload]", "[workload", "cannot be used"),
     ],
 )
@@ -115,6 +116,17 @@ def test_the_rounded_weights_are_near_the_stored_ones(random_checkpoint: Callabl
     weight = torch.from_numpy(checkpoint.tensors[name].data.copy()).view(torch.float32).view(shape)
     assert ((whole * step - weight).abs() <= step * 0.5001).all()
     assert (whole.abs().amax(1) == 127).all()
+
+
+def test_4_bit_weights_are_within_a_step_of_the_stored_ones(random_checkpoint: Callable[..., Path]) -> None:
+    checkpoint = open_checkpoint(str(random_checkpoint("Llama")))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    rounded = ladder_rung.four_bit(checkpoint).tensors[name]
+    assert rounded.dtype == "Q4_0" and rounded.data.nbytes == rounded.nbytes
+    weight, near = matrix(checkpoint.tensors[name], torch.float32), matrix(rounded, torch.float32)
+    step = weight.view(-1, 32).abs().amax(1, keepdim=True) / 8
+    assert ((weight - near).view(-1, 32).abs() <= step * 1.001).all()
+    assert ((weight - near).view(-1, 32).abs() <= step * 0.51).float().mean() > 0.95
 
 
 def test_the_floor_of_a_workload() -> None:
