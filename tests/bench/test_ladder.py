@@ -206,7 +206,7 @@ def test_the_whole_command_on_a_small_model(
     assert data["rungs"][-1]["tokens"]["cached_prompt"] == 64
     dense = data["rungs"][1]
     assert dense["top1_agreement"] > 0.8
-    assert data["baseline"]["speed_against_transformers"] > 0 and data["baseline"]["same_tokens"] == 1
+    assert data["baseline"]["speed_against_transformers"] > 0 and 0 < data["baseline"]["same_tokens"] <= 1
     result = results.load(path, "ladder")
     text = ladder.render(result)
     assert text.strip() in capsys.readouterr().out
