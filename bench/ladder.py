@@ -341,8 +341,10 @@ def notes(result: results.Result) -> list[str]:
     )
     if data["complete"]:
         cut = rungs[-1]["cut"]
-        met = "met" if cut >= data["target_cut"] else "missed"
-        lines.append(f"The last rung is {cut:.1%} below the first: the target of {data['target_cut']:.0%} is {met}.")
+        met, way = "met" if cut >= data["target_cut"] else "missed", "below" if cut >= 0 else "above"
+        lines.append(
+            f"The last rung is {abs(cut):.1%} {way} the first: the target of {data['target_cut']:.0%} is {met}."
+        )
     else:
         lines.append(f"Not complete: {len(rungs)} rungs are measured.")
     share = max(r["others_cpu_share"] or 0.0 for r in rungs)
