@@ -100,5 +100,6 @@ class Body(BaseModel):
 
     def ignored_header(self) -> dict[str, str]:
         names = ",".join(self.ignored())[:MAX_IGNORED]
-        text = names.encode("unicode_escape").decode()[:MAX_IGNORED]  # a name may be anything, a header may not
+        text = names.encode("unicode_escape").decode().replace(" ", r"\x20")  # a name may be anything, a header may not
+        text = text[:MAX_IGNORED]
         return {"x-ignored-params": text} if text else {}

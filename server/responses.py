@@ -104,7 +104,7 @@ class ResponsesGeneration(Generation):
 
     def response(self, status: str, failure: Json | None = None, ended: Choice | None = None) -> Json:
         """`ended`: then there are usage and metrics."""
-        body, choice = self.body, self.body.tool_choice or "auto"
+        body = self.body
         text = (body.text and body.text.format) or TextFormat(type="text")
         return {
             "id": self.id,
@@ -124,7 +124,7 @@ class ResponsesGeneration(Generation):
             "top_logprobs": body.top_logprobs or 0,
             "text": {"format": text.model_dump(by_alias=True, exclude_none=True)},
             "tools": [tool.model_dump() for tool in body.tools],
-            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "tool_choice": body.tool_choice or "auto",
             "parallel_tool_calls": body.parallel_tool_calls,
             "truncation": body.truncation,
             "background": False,

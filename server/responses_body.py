@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationError, model_validator
 
 from engine.errors import RequestError
 from server.body import Body
@@ -24,6 +24,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "prompt": (),
     "reasoning": ({},),
 }
+CHOICES = ("none", "auto", "required")
 # The chat's names of things in a response, for messages about them.
 NAMES = {
     "messages": "input",
@@ -81,12 +82,25 @@ class TextFormat(Body):
     json_schema: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
+    @model_validator(mode="after")
+    def _complete(self) -> TextFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise RequestError("text.format.schema: this field is required", "text.format.schema")
+        return self
+
     def of_chat(self) -> dict[str, Any]:
         """As a chat completion's response_format."""
         if self.type != "json_schema":
             return {"type": self.type}
         schema = {"name": self.name, "description": self.description, "schema": self.json_schema, "strict": self.strict}
         return {"type": self.type, "json_schema": {key: value for key, value in schema.items() if value is not None}}
+
+
+def _choice(value: Any) -> Any:
+    named = isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("name"), str)
+    if not named and value not in CHOICES:
+        raise wrong('must be "none", "auto", "required" or {"type": "function", "name": "..."}')
+    return value
 
 
 class TextConfig(Body):
@@ -114,7 +128,10 @@ class ResponsesRequest(Sampling):
     max_output_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="default: the rest of the context")
     text: TextConfig | None = Field(None, description="what the answer's text must look like")
     tools: list[FunctionTool] = Field([], description="functions that the model may call")
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    tool_choice: Annotated[
+        str | dict[str, Any] | None,
+        PlainValidator(_choice, json_schema_input_type=Literal["none", "auto", "required"] | FunctionChoice),
+    ] = None
     parallel_tool_calls: bool = True
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives beside each token")
     include: list[Literal["message.output_text.logprobs"]] = Field([], description="asks for logprobs")
@@ -131,8 +148,8 @@ class ResponsesRequest(Sampling):
             fields |= {"logprobs": True, "top_logprobs": self.top_logprobs}
         if self.tools:
             fields["tools"] = [{"type": "function", "function": _function(tool)} for tool in self.tools]
-        if isinstance(self.tool_choice, FunctionChoice):
-            fields["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
+        if isinstance(self.tool_choice, dict):
+            fields["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice["name"]}}
         else:
             fields["tool_choice"] = self.tool_choice
         if self.text is not None and self.text.format is not None:

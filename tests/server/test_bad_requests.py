@@ -184,15 +184,6 @@ CASES = [
     chat("reasoning_effort", reasoning_effort="low"),
     chat("chat_template", chat_template="{{ messages }}"),
     chat("chat_template_kwargs", chat_template_kwargs={"enable_thinking": True}),
-    pytest.param("/tokenize", {}, 400, "prompt", id="tokenize nothing"),
-    pytest.param("/tokenize", {"prompt": "a", "messages": HI}, 400, "prompt", id="tokenize both"),
-    pytest.param("/tokenize", {"prompt": "a", "tools": [tool("f")]}, 400, "tools", id="tokenize prompt with tools"),
-    pytest.param("/tokenize", {"prompt": 5}, 400, "prompt", id="tokenize number"),
-    pytest.param("/detokenize", {"tokens": [49152]}, 400, "tokens", id="detokenize out of range"),
-    pytest.param("/detokenize", {"tokens": "a"}, 400, "tokens", id="detokenize text"),
-    pytest.param("/v1/embeddings", {"input": "a"}, 404, None, id="embeddings"),
-    pytest.param("/v1/nothing", {}, 404, None, id="no such route"),
-    pytest.param("/health", {}, 405, None, id="wrong method"),
 ]
 
 
@@ -215,37 +206,9 @@ def test_refused(server: LiveServer, path: str, body: Any, status: int, param: s
     check_error(server.http.post(path, json=body), status, param)
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        (b"", None),
-        (b"{", None),
-        (b"hello", None),
-        (b"[1]", None),
-        (b"null", None),
-        (b'{"prompt": "\xff"}', None),
-        (b"[" * 100_000, None),
-        (b'{"prompt": "hi", "temperature": NaN}', "temperature"),
-        (b'{"prompt": "hi", "top_p": Infinity}', "top_p"),
-        (b'{"prompt": "hi", "logit_bias": {"5": -Infinity}}', "logit_bias"),
-        (b'{"prompt": "hi", "temperature": 1e999}', "temperature"),
-        (b'{"prompt": "\\ud800"}', None),
-    ],
-)
-def test_body_is_not_usable_json(server: LiveServer, body: bytes, param: str | None) -> None:
-    response = server.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
-    check_error(response, 400, param)
-
-
 def test_still_answers_after_all_that(server: LiveServer) -> None:
     assert server.complete(max_tokens=2).json()["choices"][0]["text"] == " Paris."
     server.wait_idle()
-
-
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", None])
-def test_content_type(server: LiveServer, content_type: str | None) -> None:
-    headers = {"Content-Type": content_type} if content_type else {}
-    check_error(server.http.post("/v1/completions", content=b'{"prompt": "hi"}', headers=headers), 415, None)
 
 
 def test_body_over_8_mib(server: LiveServer) -> None:
@@ -286,7 +249,8 @@ def test_unknown_fields_are_named(server: LiveServer) -> None:
 
     path, hi = "/v1/completions", {"prompt": "hi", "max_tokens": 1}
     assert ignored(path, **hi, zebra=1, apple=None, mango={"a": [1]}) == "mango,zebra"
-    assert ignored(path, **hi, **{"é\r\nset-cookie: a": 1, "🥖": 2}) == r"\xe9\r\nset-cookie: a,\U0001f956"
+    assert ignored(path, **hi, **{"é\r\nset-cookie: a": 1, "🥖": 2}) == r"\xe9\r\nset-cookie:\x20a,\U0001f956"
+    assert ignored(path, **hi, **{" ": 1}) == r"\x20"
     assert len(ignored(path, **hi, **{"🥖" * 900: 2})) == 1024
     options = {"stream": True, "stream_options": {"apple": 1}}
     assert ignored(path, **hi, **options) == "stream_options.apple"

@@ -18,6 +18,13 @@ from tests.server.scripted import ScriptedEngine, ask
 from tests.server.test_bad_requests import check_error
 
 QUESTION = "What is the capital of France?"
+CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
+WEATHER = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "The weather in a city",
+    "parameters": CITY | {"additionalProperties": False},
+}
 
 
 @pytest.fixture
@@ -123,6 +130,41 @@ def test_a_conversation_as_items(server: LiveServer) -> None:
     assert text_of(respond(server, input=items, max_output_tokens=10)) == said
 
 
+def test_json_of_a_schema(server: LiveServer) -> None:
+    schema = {"type": "object", "properties": {"country": {"enum": ["France", "Spain"]}}, "required": ["country"]}
+    format = {"type": "json_schema", "name": "place", "schema": schema | {"additionalProperties": False}}
+    response = respond(server, text={"format": format}, max_output_tokens=40)
+    assert json.loads(text_of(response)) in ({"country": "France"}, {"country": "Spain"})
+    assert response["text"] == {"format": format}
+
+
+def test_a_call_and_its_output(server: LiveServer) -> None:
+    fields = {"input": "Weather in Paris?", "tools": [WEATHER], "max_output_tokens": 60}
+    fields["tool_choice"] = {"type": "function", "name": "get_weather"}
+    response, events = respond(server, **fields), streamed(server, **fields)
+    (call,) = response["output"]
+    assert (call["type"], call["name"], call["status"]) == ("function_call", "get_weather", "completed")
+    assert set(json.loads(call["arguments"])) == {"city"}
+    kinds = [event["type"].removeprefix("response.") for event in events[2:]]
+    assert kinds[0] == "output_item.added" and set(kinds[1:-3]) == {"function_call_arguments.delta"}
+    assert kinds[-3:] == ["function_call_arguments.done", "output_item.done", "completed"]
+    deltas = [event["delta"] for event in events if event["type"].endswith("arguments.delta")]
+    assert "".join(deltas) == call["arguments"] == events[-1]["response"]["output"][0]["arguments"]
+    output = {"type": "function_call_output", "call_id": call["call_id"], "output": "sunny"}
+    items = [{"role": "user", "content": "Weather in Paris?"}, call, output]
+    after = respond(server, input=items, tools=[WEATHER], tool_choice="none", max_output_tokens=5)
+    function = {"name": call["name"], "arguments": call["arguments"]}
+    asked = [
+        {"role": "user", "content": "Weather in Paris?"},
+        {"role": "assistant", "tool_calls": [{"id": call["call_id"], "type": "function", "function": function}]},
+        {"role": "tool", "tool_call_id": call["call_id"], "content": "sunny"},
+    ]
+    chat = {"messages": asked, "max_tokens": 5, "temperature": 0}
+    said = server.http.post("/v1/chat/completions", json=chat).json()
+    assert after["usage"]["input_tokens"] == said["usage"]["prompt_tokens"]
+    assert text_of(after) == said["choices"][0]["message"]["content"]
+
+
 def test_the_openai_client(client: openai.OpenAI) -> None:
     response = client.responses.create(model="smollm2", input=QUESTION, max_output_tokens=40, temperature=0)
     assert "Paris" in response.output_text and response.usage and response.usage.output_tokens > 0
@@ -133,6 +175,16 @@ def test_the_openai_client(client: openai.OpenAI) -> None:
         for _ in stream:  # the client's own accumulator checks their order
             pass
         assert stream.get_final_response().output_text == response.output_text
+    with client.responses.stream(
+        model="smollm2",
+        input="Weather in Paris?",
+        tools=[WEATHER],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=0,
+    ) as stream:
+        call = stream.get_final_response().output[0]
+        assert call.type == "function_call" and call.name == "get_weather" and "city" in json.loads(call.arguments)
     with pytest.raises(openai.BadRequestError) as kept:
         client.responses.create(model="smollm2", input="And now?", previous_response_id=response.id)
     assert kept.value.param == "previous_response_id"
@@ -169,7 +221,13 @@ def test_a_failure_is_the_last_event(tokenizer: Tokenizer) -> None:
         ({"truncation": "auto"}, "truncation"),
         ({"include": ["file_search_call.results"]}, "include[0]"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"type": "strin"}}}}, "text.format.schema"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [WEATHER | {"name": "a b"}]}, "tools[0].name"),
+        ({"tools": [WEATHER, WEATHER]}, "tools[1].name"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "file_search"}}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice"),
         ({"stop_token_ids": [49152]}, "stop_token_ids"),
         ({"background": True}, "background"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
