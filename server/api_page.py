@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from server.app import api
 from server.openapi import REF, Json
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
@@ -122,5 +121,7 @@ def _row(*cells: Any) -> str:
 
 
 if __name__ == "__main__":
+    from server.app import api  # which imports this module
+
     PAGE.write_text(page(api().openapi()), encoding="utf-8")
     print(f"wrote {PAGE}")

@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from engine.checkpoint.tokenizer import Tokenizer
 from engine.core.client import EngineClient
-from server import chat, completions, errors, openapi, responses, status, text_routes, web_page
+from server import chat, completions, docs_route, errors, openapi, responses, status, text_routes, web_page
 from server.keys import ApiKeys, KeyCheck
 from server.middleware import Envelope
 from server.service import Service
@@ -26,6 +26,8 @@ def api(lifespan: Callable[[FastAPI], contextlib.AbstractAsyncContextManager[Non
         version=version(),
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # FastAPI's own are fetched from elsewhere; server.docs_route
+        redoc_url=None,
         description=openapi.DESCRIPTION,
         responses=openapi.ERRORS,
     )
@@ -35,6 +37,7 @@ def api(lifespan: Callable[[FastAPI], contextlib.AbstractAsyncContextManager[Non
         responses.router,
         text_routes.router,
         status.router,
+        docs_route.router,
         web_page.router,
     ):
         app.include_router(router)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -94,7 +95,11 @@ def test_cors_only_where_asked_for(tokenizer: Tokenizer) -> None:
 
 def test_docs(server: LiveServer) -> None:
     assert server.http.get("/openapi.json").json() == api().openapi()
-    assert "/openapi.json" in server.http.get("/docs").text
+    docs = server.http.get("/docs").text
+    assert "<code>repetition_penalty</code>" in docs and "`" not in docs
+    links = set(re.findall(r'(?:href|src)="([^"]*)"', docs))
+    assert len(links) > 30  # to what stands on the page itself, and to the description
+    assert {link for link in links if link[1:] not in re.findall(r'id="([^"]*)"', docs)} == {"openapi.json"}
 
 
 def test_the_http_process_has_no_torch() -> None:
