@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -11,7 +13,7 @@ from engine.errors import RequestError
 from server.chat import ChatShape
 from server.choice import Choice
 from server.errors import as_api_error
-from server.generation import Generation, Json, encode_json
+from server.generation import LAST_EVENT_SECONDS, Generation, Json, encode_json
 from server.json_route import JsonRoute
 from server.openapi import reply_or_events
 from server.responses_body import ResponsesRequest, TextFormat, in_our_names
@@ -67,10 +69,10 @@ class ResponsesGeneration(Generation):
                 raise
             detail = as_api_error(error).body()["error"]
             failure = {"code": detail["code"] or "server_error", "message": detail["message"]}
-            closing = self.output.finish("incomplete")
-            await self.send_events(
-                [*closing, {"type": "response.failed", "response": self.response("failed", failure)}]
-            )
+            events = self.output.finish("incomplete")
+            events.append({"type": "response.failed", "response": self.response("failed", failure)})
+            async with asyncio.timeout(LAST_EVENT_SECONDS):  # the client may be one that reads no more
+                await self.send_events(events)
         await self.send({"type": "http.response.body", "body": b""})
 
     async def send_delta(self, choice: Choice, delta: TextDelta) -> None:
