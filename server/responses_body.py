@@ -195,4 +195,4 @@ def _ours(name: str) -> str:
 
 def in_our_names(error: RequestError) -> RequestError:
     param = _ours(error.param) if error.param else error.param
-    return RequestError(_ours(str(error)).replace(" in the messages", " in the input"), param, error.code)
+    return RequestError(_ours(str(error)).replace(" messages", " input"), param, error.code)
