@@ -13,7 +13,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError, error_response
-from server.settings import BODY_SECONDS, MAX_BODY_BYTES, MAX_HEADERS
+from server.settings import BODY_SECONDS, MAX_BODY_BYTES, MAX_HEAD_BYTES, MAX_HEADERS
 
 UNSAFE = re.compile(rb"[^A-Za-z0-9._:-]")
 MAX_DISCARDED_BYTES = 4 * MAX_BODY_BYTES  # a client that is still sending would not read the 413
@@ -76,6 +76,8 @@ class Envelope:
         try:
             if len(scope["headers"]) > MAX_HEADERS:
                 raise ApiError(431, f"the request has {len(scope['headers'])} headers; at most {MAX_HEADERS}")
+            if (size := sum(len(name) + len(value) for name, value in scope["headers"])) > MAX_HEAD_BYTES:
+                raise ApiError(431, f"the request's headers have {size} bytes; at most {MAX_HEAD_BYTES}")
             await self.app(scope, bounded(scope, receive), reply)
         except Exception as error:
             if begun:
