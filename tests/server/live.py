@@ -65,7 +65,8 @@ class LiveServer:
 
     def engine_pid(self) -> int:
         children = psutil.Process(self.process.pid).children()
-        (engine,) = (child for child in children if "engine.core.process" in child.cmdline())
+        kinds = ("engine.core.process", "faulty_engine.py")  # the second: tests.server.faulty_engine
+        (engine,) = (child for child in children if any(kind in " ".join(child.cmdline()) for kind in kinds))
         return engine.pid
 
     def load(self) -> dict[str, Any]:
