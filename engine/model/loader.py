@@ -61,10 +61,10 @@ class CpuParts:
 
 def load_decoder(checkpoint: Checkpoint, parts: Parts, on_bytes: Callable[[int], None] | None = None) -> Decoder:
     """Reads every tensor of the checkpoint once. `on_bytes(n)` follows with the bytes read so far."""
-    return _Loader(checkpoint, parts, on_bytes).decoder()
+    return Loader(checkpoint, parts, on_bytes).decoder()
 
 
-class _Loader:
+class Loader:
     def __init__(self, checkpoint: Checkpoint, parts: Parts, on_bytes: Callable[[int], None] | None):
         self.config: ModelConfig = checkpoint.config
         self.tensors = checkpoint.tensors
