@@ -122,6 +122,7 @@ class EngineOptions(msgspec.Struct, kw_only=True, omit_defaults=True):
     device: str = "auto"  # "auto" | "cpu" | "cuda"
     dtype: str = "auto"  # "auto" | "bfloat16" | "float16" | "float32"
     max_model_len: int | None = None  # default: the model's own context
+    kv_cache_dtype: str = "auto"  # "auto": of the activations | "int8" | "fp8", with a scale for each row
     kv_cache_tokens: int | None = None  # size of the KV pool; default: sized from memory
     block_size: int | None = None  # default 64
     max_num_seqs: int = 64

@@ -96,7 +96,8 @@ def plan(
     step = (options.max_num_batched_tokens or 2048) * 2 * (2 * config.intermediate_size + 4 * config.hidden_size)
     logits = 2 * 4 * options.max_num_seqs * config.vocab_size
     heads = 2 * config.num_layers * config.num_kv_heads
-    kv = heads * config.head_dim * KV_BYTES["float32" if options.dtype == "float32" else "auto"]
+    kind = "float32" if options.dtype == "float32" and options.kv_cache_dtype == "auto" else options.kv_cache_dtype
+    kv = heads * (config.head_dim * KV_BYTES[kind] + (4 if kind in ("int8", "fp8") else 0))  # a scale a row
     return Plan(config, machine, int(layers + matrices * copies) + head + table, layers + head, kv, step + logits)
 
 

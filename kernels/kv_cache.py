@@ -17,6 +17,7 @@ import dataclasses
 
 import torch
 
+EIGHT_BIT = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # --kv-cache-dtype
 QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, *QMAX)
 BLOCK_SIZES = (16, 32, 64, 128)

@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 
 from engine.errors import FenError
 from engine.messages import EngineOptions, SamplingParams
+from server import weights_cli
 from server.bench_cli import bench, check_installation
 from server.config_file import ConfigOption
 from server.flags import SERVER, PriceOption, engine_options, options_of
@@ -62,6 +63,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.command()(weights_cli.quantize)
+app.command()(weights_cli.compare)
 
 MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="New tokens at most.")]
 Temperature = Annotated[float, typer.Option(min=0, max=2, metavar="X", help="0 takes the most likely token each time.")]

@@ -47,6 +47,10 @@ ENGINE: dict[str, Any] = {
             help="Tokens that the KV cache holds, all requests together; default: sized from memory.",
         ),
     ],
+    "kv_cache_dtype": Annotated[
+        Literal["auto", "int8", "fp8"],
+        typer.Option(help="Of keys and values; 8 bits hold twice the tokens. auto: as the activations."),
+    ],
     "block_size": Annotated[
         int | None,
         typer.Option(min=16, max=128, metavar="N", help="Tokens in a KV block: 16, 32, 64 or 128; default 64."),

@@ -115,7 +115,7 @@ class GpuRunner:
         self._max_seqs = options.max_num_seqs
         self._batch_sizes = batch_sizes(self._max_seqs)
         self._seed = options.seed
-        self.backend = GpuBackend(config, activations, self.block_size, self.device, invariant)
+        self.backend = GpuBackend(config, activations, self.block_size, self.device, invariant, options.kv_cache_dtype)
         self.model = load_decoder(checkpoint, self.backend, weights_progress(progress, checkpoint.total_bytes))
 
         self._table = SamplingTable(self._max_seqs, config.vocab_size, self.device, MAX_BIASES)

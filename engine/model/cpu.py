@@ -8,27 +8,33 @@ import torch
 from engine.model.config import ModelConfig
 from engine.model.decoder import Step
 from engine.model.rope import unrotated
+from kernels import kv_cache
 from kernels.cpu import fused
 from kernels.cpu.attention import KEY_TILE, Attention, Span
 from kernels.cpu.linear import Plan, cpu_features
 
 
 class CpuBackend:
-    """Owns the KV cache: [2 * layers, slots, kv_heads, D], K and V of layer l at 2l and 2l + 1."""
+    """Owns the KV cache: [2 * layers, slots, kv_heads, D], K and V of layer l at 2l and 2l + 1.
 
-    def __init__(self, config: ModelConfig, plan: Plan, block_size: int):
+    kv_dtype: "auto", the activations' own; or of kernels.kv_cache.EIGHT_BIT, with float32 scales [..., kv_heads, 1].
+    """
+
+    def __init__(self, config: ModelConfig, plan: Plan, block_size: int, kv_dtype: str = "auto"):
         self.config = config
         self.plan = plan
         self.block_size = block_size
         exact = plan.many == torch.float32 and plan.few == torch.float32
-        self.cache_dtype = torch.float32 if exact else torch.bfloat16
+        self._single_dtype = torch.float32 if exact else torch.bfloat16
+        self.cache_dtype = kv_cache.EIGHT_BIT.get(kv_dtype, self._single_dtype)
         self._attention_dtype = torch.bfloat16 if "amx" in cpu_features() and not exact else torch.float32
         self.cache = torch.empty(0)
+        self.scales: torch.Tensor | None = None
 
     @property
     def kv_bytes_per_token(self) -> int:
         config = self.config
-        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.cache_dtype.itemsize
+        return config.num_layers * kv_cache.bytes_per_token(config.num_kv_heads, config.head_dim, self.cache_dtype)
 
     def allocate(self, num_blocks: int) -> None:
         """Zeroed pages. The memory is taken from the system only as pages are written."""
@@ -36,8 +42,10 @@ class CpuBackend:
         spare = max(1, KEY_TILE // self.block_size)  # attention may read a masked tile beyond the last block
         slots = (num_blocks + spare) * self.block_size
         shape = (2 * config.num_layers, slots, config.num_kv_heads, config.head_dim)
-        zeros = np.zeros(shape, np.float32 if self.cache_dtype == torch.float32 else np.uint16)
-        self.cache = torch.from_numpy(zeros).view(self.cache_dtype)
+        plain = {1: np.uint8, 2: np.uint16, 4: np.float32}[self.cache_dtype.itemsize]
+        self.cache = torch.from_numpy(np.zeros(shape, plain)).view(self.cache_dtype)
+        if self.cache_dtype in kv_cache.QMAX:
+            self.scales = torch.from_numpy(np.zeros((*shape[:3], 1), np.float32))
 
     def prepare(self, spans: list[Span]) -> Attention:
         """The attention of one step."""
@@ -48,6 +56,8 @@ class CpuBackend:
             self._attention_dtype,
             self.config.sliding_window,
             self.plan.batch_invariant,
+            self.scales,
+            self._single_dtype,
         )
 
     def dtype(self, rows: int) -> torch.dtype:
@@ -73,6 +83,7 @@ class CpuBackend:
             step.slots,
             step.attention.dtype,
             qk_norm,
+            None if self.scales is None else self.scales[2 * layer : 2 * layer + 2],
         )
 
     def attention(self, q: torch.Tensor, step: Step, layer: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from engine.errors import CapacityError
 from engine.model.config import ModelConfig
 from engine.model.decoder import Linear, Step
 from engine.model.rope import rotations, unrotated
@@ -48,10 +49,19 @@ class GpuBackend:
     """
 
     def __init__(
-        self, config: ModelConfig, activations: torch.dtype, block_size: int, device: torch.device, invariant: bool
+        self,
+        config: ModelConfig,
+        activations: torch.dtype,
+        block_size: int,
+        device: torch.device,
+        invariant: bool,
+        kv_dtype: str = "auto",
     ):
         self.config = config
         self.activations = activations
+        self.cache_dtype = kv_cache.EIGHT_BIT.get(kv_dtype, activations)
+        if kv_dtype == "fp8" and current_gpu().capability < 89:
+            raise CapacityError(f"{current_gpu().name} has no float8; choose --kv-cache-dtype int8 or auto.")
         self.block_size = block_size
         self.device = device
         self.invariant = invariant
@@ -67,14 +77,14 @@ class GpuBackend:
     @property
     def kv_bytes_per_token(self) -> int:
         config = self.config
-        return config.num_layers * kv_cache.bytes_per_token(config.num_kv_heads, config.head_dim, self.activations)
+        return config.num_layers * kv_cache.bytes_per_token(config.num_kv_heads, config.head_dim, self.cache_dtype)
 
     def allocate(self, num_blocks: int, max_len: int, max_batch: int) -> None:
         """Zeroed pages, and what depends on the longest sequence and the most decodes in a step."""
         config, device = self.config, self.device
         shape = (num_blocks, config.num_kv_heads, self.block_size, config.head_dim)
         self.cache.clear()  # before the new pages are made
-        self.cache += [kv_cache.allocate(*shape, self.activations, device) for _ in range(config.num_layers)]
+        self.cache += [kv_cache.allocate(*shape, self.cache_dtype, device) for _ in range(config.num_layers)]
         self._cos_sin = torch.view_as_real(rotations(config, max_len)).contiguous().to(device)
         if config.unrotated_layers:
             self._unrotated = torch.zeros_like(self._cos_sin)

@@ -43,8 +43,8 @@ class Parts(Protocol):
 class CpuParts:
     """Of a decoder on the CPU."""
 
-    def __init__(self, config: ModelConfig, plan: Plan, block_size: int):
-        self.backend = CpuBackend(config, plan, block_size)
+    def __init__(self, config: ModelConfig, plan: Plan, block_size: int, kv_dtype: str = "auto"):
+        self.backend = CpuBackend(config, plan, block_size, kv_dtype)
         self.plan = plan
 
     def vector(self, values: torch.Tensor) -> torch.Tensor:

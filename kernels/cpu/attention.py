@@ -29,8 +29,9 @@ KEY_TILE = 256  # sums over keys are taken in parts of this many
 class Attention:
     """The attention of one step. spans: in order of their rows, together all rows of the batch.
 
-    caches: K and V of all layers, [2 * layers, slots, kv_heads, D]. window: tokens a query sees, itself included.
-    dtype: of the arithmetic where more than one row is computed; single rows run in the cache's own.
+    caches: K and V of all layers, [2 * layers, slots, kv_heads, D]; with 8 bits, `scales` float32 [2 * layers, slots,
+    kv_heads, 1] are those of their rows. window: tokens a query sees, itself included.
+    dtype: of the arithmetic where more than one row is computed; single rows run in `single` (None: the cache's).
     """
 
     def __init__(
@@ -41,14 +42,18 @@ class Attention:
         dtype: torch.dtype,
         window: int | None,
         batch_invariant: bool,
+        scales: torch.Tensor | None = None,
+        single: torch.dtype | None = None,
     ):
         self._caches = caches
+        self._pools = [caches] if scales is None else [_bytes(caches), scales]
         self._block_size = block_size
         self._invariant = batch_invariant
         self._window = window
         self.decode_only = not batch_invariant and all(span.rows == 1 for span in spans)
-        self.dtype = caches.dtype if self.decode_only else dtype
-        self._views: list[tuple[torch.Tensor, ...] | None] = []  # per span: K, V of layer 0, K, V of layer 1, ...
+        self.dtype = (single or caches.dtype) if self.decode_only else dtype
+        # Per span and pool: K, V of layer 0, K, V of layer 1, ...
+        self._views: list[list[tuple[torch.Tensor, ...]] | None] = []
         self._masks: list[torch.Tensor | None] = []
         single = [] if batch_invariant else [span for span in spans if span.rows == 1]
         self._decode = DecodeAttention(single, caches, block_size, window) if single else None
@@ -57,8 +62,9 @@ class Attention:
         for span in self._spans:
             start, end = self._keys(span)
             if span.blocks is None:
-                view = caches.narrow(1, span.first + start, end - start).transpose(1, 2).unsqueeze(1)
-                self._views.append(view.unbind(0))
+                run = span.first + start, end - start
+                views = (pool.narrow(1, *run).transpose(1, 2).unsqueeze(1) for pool in self._pools)
+                self._views.append([view.unbind(0) for view in views])
             else:
                 missing = -(-end // block_size) - len(span.blocks)  # of a masked tile: any block will do
                 span.blocks = F.pad(span.blocks, (0, missing))
@@ -104,14 +110,23 @@ class Attention:
         return start, span.length
 
     def _kv(self, index: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V [1, kv_heads, keys, D] of one span."""
+        """K and V [1, kv_heads, keys, D] of one span; from 8 bits in `dtype`."""
         views = self._views[index]
         if views is not None:
-            return views[2 * layer], views[2 * layer + 1]
+            parts = [(view[2 * layer], view[2 * layer + 1]) for view in views]
+        else:
+            parts = [self._gathered(pool, index, layer) for pool in self._pools]
+        if len(parts) == 1:
+            return parts[0]
+        k, v = ((x.view(self._caches.dtype).float() * scale).to(self.dtype) for x, scale in zip(*parts, strict=True))
+        return k, v
+
+    def _gathered(self, pool: torch.Tensor, index: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a span whose blocks are scattered, copied."""
         span = self._spans[index]
         assert span.blocks is not None
         start, end = self._keys(span)
-        cache = self._caches[2 * layer : 2 * layer + 2]
+        cache = pool[2 * layer : 2 * layer + 2]
         blocks = cache.view(2, -1, self._block_size * cache.shape[2] * cache.shape[3])
         tokens = blocks.index_select(1, span.blocks).view(2, -1, *cache.shape[2:])
         if tokens.shape[1] < end:  # a block may be smaller than a tile of keys
@@ -132,6 +147,11 @@ class Attention:
         if self._window:
             seen &= keys > queries - self._window
         return torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, -torch.inf)
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    """8-bit values as integers: torch cannot copy and select float8 everywhere."""
+    return x.view(torch.int8)
 
 
 def _chunk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

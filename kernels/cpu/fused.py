@@ -9,6 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from kernels.kv_cache import quantize_rows
+
 
 def norm_weight(weight: torch.Tensor) -> torch.Tensor:
     """RMSNorm's weight [H] in the form `add_rmsnorm` takes: float32, times sqrt(H)."""
@@ -53,13 +55,15 @@ def rope_and_cache_write(
     slots: torch.Tensor,
     dtype: torch.dtype,
     qk_norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rotates q and k and writes k and v into the cache.
 
     qkv [T, (heads + 2 kv_heads) D]: q, k, v of each token; pairs (2i, 2i + 1) of a head are the real and imaginary
     parts that are rotated. rotations complex64 [T, 1, D/2]. cache [2, slots, kv_heads, D]: this layer's K and V.
     slots int64 [T]: where each token goes. qk_norm: RMSNorm weights [D] of q and k (from `norm_weight`) and eps,
-    applied to each head before the rotation. Returns q [T, heads, D] in `dtype`.
+    applied to each head before the rotation. scales: of an 8-bit cache, float32 [2, slots, kv_heads, 1]. Returns q
+    [T, heads, D] in `dtype`.
     """
     tokens = qkv.shape[0]
     x = qkv.float().view(tokens, heads + 2 * kv_heads, -1)
@@ -71,6 +75,12 @@ def rope_and_cache_write(
             length = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
             part.mul_(weight).div_(length.hypot_(_epsilon(part.shape[-1], eps)))
     torch.view_as_complex(x[:, : heads + kv_heads].unflatten(-1, (-1, 2))).mul_(rotations)
+    if scales is not None:
+        rows = x[:, heads:].view(tokens, 2, kv_heads, -1).transpose(0, 1)
+        stored, scale = quantize_rows(rows, cache.dtype)
+        cache.view(torch.int8).index_copy_(1, slots, stored.view(torch.int8))
+        scales.index_copy_(1, slots, scale.unsqueeze(-1))
+        return x[:, :heads].to(dtype)
     if cache.dtype == dtype:
         x = x.to(dtype)
         q, kv = x[:, :heads], x[:, heads:]

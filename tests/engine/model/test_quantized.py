@@ -76,3 +76,19 @@ def test_a_group_of_odd_columns_is_refused(random_checkpoint: Callable[..., Path
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"up_proj.weight cannot be used: g_idx has groups of different sizes"):
         logits_of(folder, "float32", 1)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_8_bit_kv_cache(random_checkpoint: Callable[..., Path], kind: str, dtype: str) -> None:
+    checkpoint = open_checkpoint(str(random_checkpoint(**SHAPE)))
+    found = {}
+    for name in ("auto", kind):
+        options = EngineOptions(model="", dtype=dtype, device="cpu", kv_cache_tokens=256, kv_cache_dtype=name)
+        runner = Runner(checkpoint, options)
+        logits = torch.cat([runner.logits(TOKENS[:5]), *(runner.logits([TOKENS[i]], i) for i in range(5, 9))])
+        found[name] = logits, runner.info.kv_cache_bytes
+    (exact, exact_bytes), (logits, num_bytes) = found.values()
+    difference = (logits - exact).norm() / exact.norm()
+    assert 1e-4 < difference < (3e-2 if kind == "int8" else 0.1), difference
+    assert num_bytes / exact_bytes == (32 + 4) / (32 * (4 if dtype == "float32" else 2))

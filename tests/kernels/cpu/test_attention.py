@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.cpu.attention import KEY_TILE, Attention, Span
+from kernels.cpu.fused import rope_and_cache_write
+from kernels.kv_cache import QMAX
 
 LAYERS, BLOCKS, POISON = 2, 40, 1e4
 
@@ -81,6 +83,33 @@ def test_attention(
     tolerance = 2e-2 if torch.bfloat16 in (cache_dtype if attention.decode_only else dtype, attention.dtype) else 1e-5
     assert out.shape == reference.shape
     assert (out.double() - reference).abs().max() < tolerance * max(1.0, reference.abs().max().item())
+
+
+@pytest.mark.parametrize("stored", QMAX)
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_8_bit_cache(stored: torch.dtype, scattered: bool, rows: int) -> None:
+    """What is read is what the 8-bit rows stand for; what is written is within half a step of the rows."""
+    torch.manual_seed(0)
+    length, block_size, heads, dim, layer = 90, 16, 2, 32, 1
+    cache = torch.zeros(4, 8 * block_size, heads, dim).to(stored)
+    scales = torch.zeros(4, 8 * block_size, heads, 1)
+    blocks = torch.tensor([5, 0, 3, 1, 7, 2] if scattered else [1, 2, 3, 4, 5, 6])
+    positions = torch.arange(length)
+    slots = blocks[positions // block_size] * block_size + positions % block_size
+    qkv = torch.randn(length, (4 + 2 * heads) * dim)
+    turns = torch.ones(length, 1, dim // 2, dtype=torch.complex64)
+    part = slice(2 * layer, 2 * layer + 2)
+    rope_and_cache_write(qkv, turns, 4, heads, cache[part], slots, torch.float32, None, scales[part])
+    kv = (cache[part, slots].float() * scales[part, slots]).contiguous()
+    given = qkv[:, 4 * dim :].view(length, 2, heads, dim).transpose(0, 1)
+    step = scales[part, slots] * (0.5 if stored is torch.int8 else 16)
+    assert ((kv - given).abs() <= step * 1.001).all()
+    q = torch.randn(rows, 4, dim)
+    span = Span(0, rows, length, int(blocks[0]) * block_size, blocks if scattered else None)
+    attention = Attention([span], cache, block_size, torch.float32, None, False, scales, torch.float32)
+    reference = plain(q, *kv, length, None).flatten(1)
+    torch.testing.assert_close(attention(q, layer).double(), reference, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dim", [64, 128])

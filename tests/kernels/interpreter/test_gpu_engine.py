@@ -213,6 +213,19 @@ def test_four_bit_weights(random_checkpoint: Callable[..., Path], dtype: str, ki
     assert len(tokens_of(generate(core, [[5, 9], [4]], GREEDY)[1])) == 5
 
 
+def test_int8_kv_cache(random_checkpoint: Callable[..., Path]) -> None:
+    """As the CPU with an int8 cache: in a prefill, and in the decode behind it."""
+    folder = random_checkpoint()
+    options = {"max_model_len": 64, "kv_cache_dtype": "int8"}
+    runners = [core_of(folder, kind, **options).runner for kind in (GpuRunner, Runner)]
+    tokens = [5, 9, 300, 17, 4, 80, 33]
+    mine, theirs = (
+        torch.cat([runner.logits(tokens[:6]), runner.logits(tokens[6:], 6)])  # type: ignore[attr-defined]
+        for runner in runners
+    )
+    assert (mine - theirs).norm() / theirs.norm() < 1e-2  # a rounding may fall to either side
+
+
 def test_largest_steps(model: Path) -> None:
     """What a GPU computes before its memory is measured."""
     core = core_of(model, batch_invariant=False, max_num_batched_tokens=11, max_model_len=8, max_num_seqs=3)
