@@ -17,6 +17,7 @@ minimum m or zero point z (or neither: w = q d) for each row and group of consec
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -178,13 +179,9 @@ def _q6_k(raw: torch.Tensor) -> Weight:
 
 
 _BLOCKS: dict[str, Callable[[torch.Tensor], Weight]] = {
-    "Q4_0": lambda raw: _quarters(raw, 4, False),
-    "Q4_1": lambda raw: _quarters(raw, 4, True),
-    "Q5_0": lambda raw: _quarters(raw, 5, False),
-    "Q5_1": lambda raw: _quarters(raw, 5, True),
+    **{f"Q{bits}_{m}": functools.partial(_quarters, bits=bits, minimum=m == 1) for bits in (4, 5) for m in (0, 1)},
+    **{f"Q{bits}_K": functools.partial(_k45, bits=bits) for bits in (4, 5)},
     "Q8_0": _q8_0,
-    "Q4_K": lambda raw: _k45(raw, 4),
-    "Q5_K": lambda raw: _k45(raw, 5),
     "Q6_K": _q6_k,
 }
 
@@ -257,11 +254,6 @@ def _eight(kind: str, parts: Mapping[str, torch.Tensor]) -> Weight:
 
 
 _SEVERAL: dict[str, Callable[[str, Mapping[str, torch.Tensor]], Weight]] = {
-    "AWQ": _awq,
-    "GPTQ": _gptq,
-    "GPTQ_V2": _gptq,
-    "PACKED": _packed,
-    "INT8": _eight,
-    "W8A8": _eight,
-    "FP8": _eight,
+    **{"AWQ": _awq, "GPTQ": _gptq, "GPTQ_V2": _gptq, "PACKED": _packed},
+    **{"INT8": _eight, "W8A8": _eight, "FP8": _eight},
 }

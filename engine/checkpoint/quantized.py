@@ -18,6 +18,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from engine.checkpoint.config import Fields
 from engine.checkpoint.names import expected_shapes
 from engine.checkpoint.tensors import FLOATS, StoredTensor
@@ -129,7 +131,6 @@ def _compressed_tensors(fields: Fields) -> Scheme:
     weights = Fields(group["weights"], f"{where}: config_groups: weights")
     kind = weights.word("type", ("int", "float"), default="int")
     strategy = weights.word("strategy", ("tensor", "channel", "group", "block"))
-    symmetric = weights.flag("symmetric", default=True)
     activations = group.get("input_activations") or {}
     if not isinstance(activations, dict):
         raise of_group.fail("input_activations", "must be an object")
@@ -138,20 +139,16 @@ def _compressed_tensors(fields: Fields) -> Scheme:
         of_group.refuse({"input_activations": ()})
         weights.refuse({"type": ("int",)})
         bits = _bits(weights, "num_bits", (4, 8))
-        if strategy not in ("group", "channel"):
-            raise weights.fail("strategy", f"is {strategy}; supported with pack-quantized: channel, group")
+        weights.word("strategy", ("group", "channel"))
         group_size = _group(weights, "group_size") if strategy == "group" else 0
         return Scheme("PACKED", f"W{bits}A16", bits, group_size)
     _bits(weights, "num_bits", (8,))
-    if not symmetric:
-        raise weights.fail("symmetric", f"is false; with {layout} only symmetric weights are supported")
+    weights.refuse({"symmetric": (True,)})
     if activations:
         _bits(inputs, "num_bits", (8,))
         inputs.word("type", (kind,), default="int")
-        if inputs.get("symmetric") is False:
-            raise inputs.fail("symmetric", "is false; only symmetric activations are supported")
-    allowed = ("tensor", "channel") if kind == "int" else ("tensor", "channel", "block")
-    weights.word("strategy", allowed)
+        inputs.refuse({"symmetric": (True,)})
+    weights.word("strategy", ("tensor", "channel") if kind == "int" else ("tensor", "channel", "block"))
     if kind == "float":
         if strategy == "block" and weights.get("block_structure") != [BLOCK, BLOCK]:
             raise weights.fail("block_structure", f"must be [{BLOCK}, {BLOCK}]")
@@ -194,14 +191,10 @@ def join_parts(
                 raise CheckpointError(f"{where} lacks {stem}{missing[0]}, which {scheme.name} has")
             if n * scheme.bits % 32 and scheme.kind in ("AWQ", "GPTQ", "GPTQ_V2"):
                 raise CheckpointError(f"{where}: {name} has {n} rows, which {scheme.name} cannot pack into whole words")
-            tensors[name] = StoredTensor(name, scheme.kind, shape, _none, found)
+            tensors[name] = StoredTensor(name, scheme.kind, shape, np.empty(0), found)
     for tensor in tensors.values():
         if not tensor.parts and tensor.dtype not in FLOATS:
             raise CheckpointError(
                 f"{where}: {tensor.name} has the dtype {tensor.dtype}; supported: {', '.join(FLOATS)}"
             )
     return tensors
-
-
-def _none() -> Any:
-    raise AssertionError("a weight of several tensors has no bytes of its own")

@@ -25,8 +25,7 @@ class CpuBackend:
         self.plan = plan
         self.block_size = block_size
         exact = plan.many == torch.float32 and plan.few == torch.float32
-        self._single_dtype = torch.float32 if exact else torch.bfloat16
-        self.cache_dtype = kv_cache.EIGHT_BIT.get(kv_dtype, self._single_dtype)
+        self.cache_dtype = kv_cache.EIGHT_BIT.get(kv_dtype, torch.float32 if exact else torch.bfloat16)
         self._attention_dtype = torch.bfloat16 if "amx" in cpu_features() and not exact else torch.float32
         self.cache = torch.empty(0)
         self.scales: torch.Tensor | None = None
@@ -57,7 +56,6 @@ class CpuBackend:
             self.config.sliding_window,
             self.plan.batch_invariant,
             self.scales,
-            self._single_dtype,
         )
 
     def dtype(self, rows: int) -> torch.dtype:

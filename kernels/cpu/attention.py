@@ -31,7 +31,7 @@ class Attention:
 
     caches: K and V of all layers, [2 * layers, slots, kv_heads, D]; with 8 bits, `scales` float32 [2 * layers, slots,
     kv_heads, 1] are those of their rows. window: tokens a query sees, itself included.
-    dtype: of the arithmetic where more than one row is computed; single rows run in `single` (None: the cache's).
+    dtype: of the arithmetic where more than one row is computed; single rows of other than 8 bits run in the cache's.
     """
 
     def __init__(
@@ -43,22 +43,23 @@ class Attention:
         window: int | None,
         batch_invariant: bool,
         scales: torch.Tensor | None = None,
-        single: torch.dtype | None = None,
     ):
         self._caches = caches
-        self._pools = [caches] if scales is None else [_bytes(caches), scales]
+        # float8 as integers: not every op takes it
+        self._pools = [caches] if scales is None else [caches.view(torch.int8), scales]
         self._block_size = block_size
         self._invariant = batch_invariant
         self._window = window
-        self.decode_only = not batch_invariant and all(span.rows == 1 for span in spans)
-        self.dtype = (single or caches.dtype) if self.decode_only else dtype
+        apart = batch_invariant or scales is not None  # every span by itself, in `dtype`
+        self.decode_only = not apart and all(span.rows == 1 for span in spans)
+        self.dtype = caches.dtype if self.decode_only else dtype
         # Per span and pool: K, V of layer 0, K, V of layer 1, ...
         self._views: list[list[tuple[torch.Tensor, ...]] | None] = []
         self._masks: list[torch.Tensor | None] = []
-        single = [] if batch_invariant else [span for span in spans if span.rows == 1]
+        single = [] if apart else [span for span in spans if span.rows == 1]
         self._decode = DecodeAttention(single, caches, block_size, window) if single else None
         self._single = torch.tensor([span.row for span in single])
-        self._spans = [span for span in spans if batch_invariant or span.rows > 1]
+        self._spans = [span for span in spans if apart or span.rows > 1]
         for span in self._spans:
             start, end = self._keys(span)
             if span.blocks is None:
@@ -147,11 +148,6 @@ class Attention:
         if self._window:
             seen &= keys > queries - self._window
         return torch.zeros(seen.shape, dtype=self.dtype).masked_fill_(~seen, -torch.inf)
-
-
-def _bytes(x: torch.Tensor) -> torch.Tensor:
-    """8-bit values as integers: torch cannot copy and select float8 everywhere."""
-    return x.view(torch.int8)
 
 
 def _chunk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

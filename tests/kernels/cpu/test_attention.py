@@ -107,7 +107,7 @@ def test_8_bit_cache(stored: torch.dtype, scattered: bool, rows: int) -> None:
     assert ((kv - given).abs() <= step * 1.001).all()
     q = torch.randn(rows, 4, dim)
     span = Span(0, rows, length, int(blocks[0]) * block_size, blocks if scattered else None)
-    attention = Attention([span], cache, block_size, torch.float32, None, False, scales, torch.float32)
+    attention = Attention([span], cache, block_size, torch.float32, None, False, scales)
     reference = plain(q, *kv, length, None).flatten(1)
     torch.testing.assert_close(attention(q, layer).double(), reference, rtol=1e-4, atol=1e-5)
 
