@@ -96,6 +96,8 @@ def compare(
             raise FenError("The text has fewer than two tokens.")
         if reference is not None and (found != ids or engine.info.vocab_size != reference[0].shape[1]):
             raise FenError(f"{name} has another tokenizer than {names[0]}, so their predictions cannot be compared.")
+        if window > engine.info.max_model_len:
+            raise FenError(f"--window is {window}; the context of {name} is {engine.info.max_model_len} tokens.")
         ids = found
         say(f"computing {len(ids)} tokens with {name}")
         computed = _log_probabilities(engine, ids, window)
@@ -150,12 +152,12 @@ def _row(
 
 def _rates(engine: LocalEngine, ids: list[int], batch: int) -> tuple[float, float, float]:
     """Tokens/s: of a prompt, of one stream's answer, of `batch` streams' answers; the best of a few."""
-    prompt = [ids[i % len(ids)] for i in range(PROMPT)]
+    prompt = [ids[i % len(ids)] for i in range(min(PROMPT, engine.info.max_model_len - NEW))]
     engine.generate([prompt[:16]], 2)
     alone = [engine.generate([prompt], NEW) for _ in range(REPETITIONS)]
     many = [engine.generate([prompt[i:] + prompt[:i] for i in range(batch)], NEW) for _ in range(REPETITIONS)]
     return (
-        PROMPT / min(timing.first_seconds for timing in alone),
+        len(prompt) / min(timing.first_seconds for timing in alone),
         max(timing.decode_rate for timing in alone),
         max(timing.decode_rate for timing in many),
     )
