@@ -43,7 +43,9 @@ def test_other_tokenizers_are_refused(random_checkpoint: Callable[..., Path], tm
     text = tmp_path / "text"
     text.write_text("one two three " * 20)
     small, large = (str(random_checkpoint(**SHAPE, vocab_size=size)) for size in (512, 520))
-    shown = CliRunner().invoke(app, ["compare", small, large, "--text", str(text), "--tokens", "40", "--batch", "1"])
+    shown = CliRunner().invoke(
+        app, ["compare", small, large, "--text", str(text), "--tokens", "40", "--window", "40", "--batch", "1"]
+    )
     assert shown.exit_code == 1 and "has another tokenizer" in shown.output
 
 
