@@ -58,6 +58,45 @@ def sweep(
 
 @bench.command()
 @engine_options
+def throughput(
+    engine: EngineOptions,
+    dataset_name: Annotated[
+        Literal["random", "sharegpt", "custom", "prefix_repetition"], typer.Option(help="As of fen bench serve.")
+    ] = "random",
+    dataset_path: Annotated[str | None, typer.Option(metavar="FILE", help="Of sharegpt and custom.")] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts of a run, all given at once.")] = 1000,
+    input_len: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of a random prompt.")] = 1024,
+    output_len: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of an answer.")] = 128,
+    random_range_ratio: Annotated[
+        float, typer.Option(metavar="X", help="Random lengths are 1 - X to 1 + X times these.")
+    ] = 0.0,
+    num_runs: Annotated[int, typer.Option(min=1, metavar="N", help="Of which the median is printed.")] = 3,
+    price: PriceOption = None,
+    output_json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the result there, too.")] = None,
+) -> None:
+    """Measure the engine alone with all prompts at once.
+
+    Requests and tokens a second as `vllm bench throughput` has them, and US$ per million tokens.
+    """
+    check_installation()
+    from bench.throughput import run
+
+    workload = ServeOptions(
+        dataset_name=dataset_name,
+        dataset_path=dataset_path,
+        num_prompts=num_prompts,
+        input_len=input_len,
+        output_len=output_len,
+        random_range_ratio=random_range_ratio,
+        num_runs=num_runs,
+        price=price,
+        seed=engine.seed,
+    )
+    run(engine, workload, output_json)
+
+
+@bench.command()
+@engine_options
 def latency(
     engine: EngineOptions,
     prompt_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of the prompt.")] = 512,

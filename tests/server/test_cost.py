@@ -199,9 +199,15 @@ def test_serve_refuses_a_wrong_price_at_once(price: str) -> None:
     assert result.stderr.startswith(f"fen: --price is {price!r}; it must be a number above 0")
 
 
-def test_a_live_servers_time_and_money_add_up(launch: Callable[..., LiveServer]) -> None:
+@pytest.mark.parametrize(("model", "count"), [("smollm2", 40), ("small", 500)])
+def test_a_live_servers_time_and_money_add_up(
+    model: str, count: int, launch: Callable[..., LiveServer], random_checkpoint: Callable[..., Path]
+) -> None:
     """Mixed requests with cancels, stop strings, shared prefixes and preemptions; both identities within 0.5%."""
-    server = launch(engine={"kv_cache_tokens": 384, "block_size": 16, "max_model_len": 256}, price="cpu-4vcpu")
+    options: dict[str, Any] = {"kv_cache_tokens": 384, "block_size": 16, "max_model_len": 384}
+    if model == "small":
+        options["model"] = str(random_checkpoint())
+    server = launch(engine=options, price="cpu-4vcpu")
     draw = random.Random(0)
     costs: list[float] = []
 
@@ -213,8 +219,8 @@ def test_a_live_servers_time_and_money_add_up(launch: Callable[..., LiveServer])
         }
         if number % 4 == 0:
             body["stop"] = [" the", "and"]
-        if number % 5 == 0:
-            body["stream"] = True
+        if number % 5 == 0:  # leaves long before its reply could end
+            body |= {"stream": True, "max_tokens": 120, "stop": []}
             async with http.stream("POST", "/v1/completions", json=body) as reply:
                 async for _ in reply.aiter_bytes():
                     return
@@ -225,7 +231,7 @@ def test_a_live_servers_time_and_money_add_up(launch: Callable[..., LiveServer])
     async def load() -> None:
         limits = httpx.Limits(max_connections=12)
         async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
-            await asyncio.gather(*(one(http, number) for number in range(40)))
+            await asyncio.gather(*(one(http, number) for number in range(count)))
 
     before = time.monotonic()
     asyncio.run(load())
@@ -243,4 +249,5 @@ def test_a_live_servers_time_and_money_add_up(launch: Callable[..., LiveServer])
     assert sum(costs) + sum(bill.values()) - bill["bill"] == pytest.approx(bill["bill"], rel=0.005)
     assert bill["bill"] == pytest.approx(wall * 0.0279 / HOUR)
     assert shown["notes"] == ["measured on a CPU"] and shown["price"]["name"] == "cpu-4vcpu"
-    assert server.metric("vllm:num_preemptions_total") > 0
+    assert server.metric("vllm:num_preemptions_total") > 0 and shown["tokens"]["cached_prompt"] > 0
+    assert len(costs) == count * 4 / 5, "every fifth client leaves"
