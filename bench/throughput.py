@@ -1,5 +1,5 @@
-"""`fen bench throughput`: all prompts given to the engine at once, without a server; what `vllm bench throughput` prints,
-and the cost from the engine's own ledger."""
+"""`fen bench throughput`: all prompts given to the engine at once, without a server; what `vllm bench throughput`
+prints, and the cost from the engine's own ledger."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def render(info: EngineInfo, found: list[Figures], price: Price | None) -> str:
     busy = statistics.median(run["utilisation"] for run in found)
     mean_in, mean_out = (first[f"total_{kind}_tokens"] / first["num_requests"] for kind in ("input", "output"))
     lines.append(
-        f"at US${price.usd_per_device_hour:g} a device-hour ({price.name}), {mean_in:.0f} tokens in, {mean_out:.0f} out, "
-        f"{first['num_requests']} requests at once, utilisation {busy:.1%}"
+        f"at US${price.usd_per_device_hour:g} a device-hour ({price.name}); {mean_in:.0f} tokens in, "
+        f"{mean_out:.0f} out, {first['num_requests']} requests at once, utilisation {busy:.1%}"
     )
     return "\n".join(lines)
