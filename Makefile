@@ -13,7 +13,7 @@ PIP_INSTALL := $(PY) -m pip install $(if $(CI),--quiet) --disable-pip-version-ch
 # A GPU's price is found by its name.
 CPU_PRICE = $(if $(shell command -v nvidia-smi),,cpu-4vcpu)
 
-.PHONY: help serve test test-load test-clients lint format bench-cpu fuzz clean
+.PHONY: help serve test test-load test-clients lint format bench-cpu bench-serve fuzz clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,7 +26,8 @@ help:
 	@echo "make lint          ruff, mypy, and the number of lines of engine/ and kernels/"
 	@echo "make format        let ruff rewrite the files"
 	@echo "make bench-cpu     this engine beside llama.cpp and transformers, on this CPU"
-	@echo "make fuzz       ten minutes of damaged checkpoints against the parsers; SECONDS=60 is a minute"
+	@echo "make fuzz          ten minutes of damaged checkpoints against the parsers; SECONDS=60 is a minute"
+	@echo "make bench-serve   load on a server of its own: latencies, tokens a second, US\$$ per million tokens"
 	@echo "make clean         remove the environments and every cache"
 
 serve: $(RUN_TIME)
@@ -55,6 +56,11 @@ format: $(DEV)
 
 bench-cpu: $(DEV)
 	@$(PY) -m bench.compare_cpu $(ARGS)
+
+bench-serve: $(DEV)
+	@$(VENV)/bin/fen bench serve --launch "$(if $(MODEL),--model '$(MODEL)') $(if $(CPU_PRICE),--price $(CPU_PRICE))" \
+		--random-input-len 256 --random-output-len 64 --num-prompts 16 --num-warmups 2 --temperature 0 \
+		--max-concurrency 1,4,16 $(ARGS)
 
 fuzz: $(FUZZ)
 	@for target in gguf safetensors index config tokenizer; do \

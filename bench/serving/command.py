@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def launched(options: ServeOptions) -> Iterator[ServeOptions]:
     if options.launch is None:
         yield options
         return
-    with local_server(options.launch.split()) as url:
+    with local_server(shlex.split(options.launch)) as url:
         yield msgspec.structs.replace(options, base_url=url)
 
 
