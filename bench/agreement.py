@@ -15,7 +15,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 import venv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ LABELS = {
     "median_ttft_ms": "median TTFT, ms",
     "median_itl_ms": "median ITL, ms",
     "median_e2el_ms": "median E2EL, ms",
+    "server_decode_ms": "server's own decode, ms/token",  # differs where one client takes more of the server's CPU
 }
 
 
@@ -63,7 +67,7 @@ class Clients:
             disable_tqdm=True,
         )
         self.about = measure(options, lambda found, point: None)
-        return {name: float(self.about.points[0][name]) for name in LABELS}
+        return {name: float(self.about.points[0][name]) for name in LABELS if name != "server_decode_ms"}
 
     def aiperf(self) -> dict[str, float]:
         """Raises FenError when it fails; its last words are in the message."""
@@ -76,7 +80,7 @@ class Clients:
             "--url", self.url, "--endpoint-type", "completions", "--streaming", "--tokenizer", str(self.folder),
             "--input-file", str(self._prompts("text")), "--custom-dataset-type", "single_turn",
             "--dataset-sampling-strategy", "sequential", "--extra-inputs", json.dumps(fields),
-            "--concurrency", str(self.arguments.concurrency), "--request-count", str(count),
+            "--concurrency", str(self.arguments.concurrency), "--request-count", str(count), "--workers-max", "1",
             "--use-server-token-count", "--no-server-metrics", "--no-gpu-telemetry", "--ui", "none",
             "--export-level", "summary", "--output-artifact-dir", str(output),
         ]  # fmt: skip
@@ -102,6 +106,21 @@ class Clients:
         texts = (self.vocabulary.text(self.arguments.input_len, self._draw) for _ in range(self.arguments.num_prompts))
         path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts), encoding="utf-8")
         return path
+
+
+def beside_the_ledger(url: str, client: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """A client's figures, and the device milliseconds that the server spent on each generated token meanwhile."""
+
+    def decode() -> tuple[float, int]:
+        time.sleep(2.5)  # an idle engine tells of itself once a second
+        with urllib.request.urlopen(f"{url}/v1/cost", timeout=30) as reply:
+            ledger = json.load(reply)
+        return ledger["device_seconds"]["decode"], ledger["tokens"]["decode"]
+
+    seconds, tokens = decode()
+    figures = client()
+    seconds, tokens = (after - before for after, before in zip(decode(), (seconds, tokens), strict=True))
+    return figures | {"server_decode_ms": 1e3 * seconds / tokens}
 
 
 def save_any_tokenizer(folder: Path) -> None:
@@ -171,7 +190,7 @@ def run(arguments: argparse.Namespace) -> None:
         for repetition in range(1, arguments.repetitions + 1):
             for name in runs if repetition % 2 else reversed(runs):
                 print(f"repetition {repetition} of {arguments.repetitions}: {name}", file=sys.stderr, flush=True)
-                runs[name].append(getattr(clients, name)())
+                runs[name].append(beside_the_ledger(url, getattr(clients, name)))
         about = clients.about
     assert about is not None
     compared = compare(runs)
