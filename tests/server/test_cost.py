@@ -220,7 +220,7 @@ def test_a_live_servers_time_and_money_add_up(
         if number % 4 == 0:
             body["stop"] = [" the", "and"]
         if number % 5 == 0:  # leaves long before its reply could end
-            body |= {"stream": True, "max_tokens": 120, "stop": []}
+            body |= {"prompt": f"Once {number}", "stream": True, "max_tokens": 340, "stop": []}
             async with http.stream("POST", "/v1/completions", json=body) as reply:
                 async for _ in reply.aiter_bytes():
                     return
