@@ -226,6 +226,15 @@ class Detokenized(Reply):
     prompt: str
 
 
+class TokenizerInfo(Reply):
+    tokenizer_class: str
+    vocab_size: int
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+
+
 # What is served, how it is doing
 
 

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize: what the model sees."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info: what the model sees."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from server.json_route import JsonRoute
 from server.logprobs import token_text
 from server.protocol import DetokenizeRequest, TokenizeRequest
-from server.replies import Detokenized, Tokenized
+from server.replies import Detokenized, Tokenized, TokenizerInfo
 from server.service import Service
 
 router = APIRouter(route_class=JsonRoute)
@@ -39,3 +39,18 @@ async def detokenize(body: DetokenizeRequest, request: Request, response: Respon
     response.headers.update(body.ignored_header())
     decode = service.tokenizer.decode
     return Detokenized(prompt=await service.in_thread(lambda: decode(body.tokens, skip_special_tokens=False)))
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> TokenizerInfo:
+    """What a client needs to know of the tokenizer to use /tokenize in place of one of its own, as lm-eval does."""
+    service: Service = request.app.state.service
+    special = service.tokenizer.special_tokens
+    return TokenizerInfo(
+        tokenizer_class=type(service.tokenizer).__name__,
+        vocab_size=service.tokenizer.vocab_size,
+        bos_token=special.get("bos_token"),
+        eos_token=special.get("eos_token"),
+        pad_token=special.get("pad_token"),
+        chat_template=service.chat_template,
+    )

@@ -75,6 +75,15 @@ def test_tokenize_and_back(server: LiveServer) -> None:
     assert shown.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_tokenizer_info_is_enough_for_a_client_without_a_tokenizer(server: LiveServer) -> None:
+    """As lm-eval reads it: the names of the ends, whose ids come from /tokenize, and the template."""
+    info = server.http.get("/tokenizer_info").json()
+    assert (info["bos_token"], info["eos_token"], info["vocab_size"]) == ("<|im_start|>", "<|im_end|>", 49152)
+    assert "<|im_start|>" in info["chat_template"]
+    body = {"prompt": info["eos_token"], "add_special_tokens": False}
+    assert server.http.post("/tokenize", json=body).json()["tokens"] == [2]
+
+
 @pytest.mark.parametrize(("given", "echoed"), [("abc-1", "abc-1"), ("a b\tc<x>", "abcx"), ("z" * 100, "z" * 64)])
 def test_request_id(server: LiveServer, given: str, echoed: str) -> None:
     for path in ("/health", "/nothing"):
