@@ -55,6 +55,7 @@ class Service:
         self.keys = keys
         self.client = client
         self.tokenizer = tokenizer
+        self.chat_template = chat_template
         special_tokens = tokenizer.special_tokens
         self.templates = None if chat_template is None else TemplateProcess(chat_template, special_tokens)
         self.call_form = form_of(chat_template)  # None: tools and calls are written into the messages
