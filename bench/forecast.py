@@ -27,7 +27,7 @@ from engine.messages import EngineOptions
 
 FEW, MORE = 2, 6  # layers
 STEPS = 12  # of decode in a sample
-SAMPLES = 5
+SAMPLES = 3
 WANTED = 0.25  # how far a forecast may be from the measurement
 RESULTS = Path(__file__).resolve().parent / "results" / "forecast_cpu.json"
 
@@ -122,8 +122,8 @@ def compare(model: str, prompt_tokens: int, batches: list[int]) -> results.Resul
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     if min([args.prompt_tokens, *args.batch]) < 1:

@@ -14,7 +14,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from engine.checkpoint.names import expected_shapes
-from engine.checkpoint.tensors import StoredTensor
+from engine.checkpoint.quantized import Scheme
+from engine.checkpoint.tensors import StoredTensor, stored_bytes
 from engine.checkpoint.tokenizer import Tokenizer, byte_of_character
 from engine.errors import CheckpointError
 from engine.model.config import ModelConfig
@@ -45,12 +46,43 @@ _TEMPLATE = (
 )
 
 
-def dummy_tensors(config: ModelConfig) -> dict[str, StoredTensor]:
-    """BF16 tensors made when they are read: norms are one, biases zero, weights normal with variance 1 / columns."""
-    return {
-        name: StoredTensor(name, "BF16", shape, functools.partial(_values, name, shape))
-        for name, shape in expected_shapes(config).items()
-    }
+# What a shape's name may end in: its layers are quantised so.
+SCHEMES = {
+    "-w4a16": Scheme("PACKED", "W4A16", 4, 128),
+    "-w8a16": Scheme("INT8", "W8A16"),
+    "-w8a8": Scheme("W8A8", "W8A8"),
+    "-fp8": Scheme("FP8", "FP8"),
+}
+
+
+def dummy_tensors(config: ModelConfig, scheme: Scheme | None = None) -> dict[str, StoredTensor]:
+    """Tensors made when they are read: norms are one, biases zero, weights have the variance 1 / columns.
+
+    BF16, normally distributed; with a scheme the layers' are of that form instead, and their integers are uniform.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for name, shape in expected_shapes(config).items():
+        if scheme is None or not name.endswith("_proj.weight"):
+            tensors[name] = StoredTensor(name, "BF16", shape, functools.partial(_values, name, shape))
+            continue
+        parts: dict[str, StoredTensor] = {}
+        for part, (dtypes, shapes) in scheme.parts(shape[0], shape[1])[0].items():
+            kind = "F32" if part.endswith(("scale", "scales")) else dtypes[0]
+            make = functools.partial(_part, f"{name}.{part}", kind, shapes[0], shape, scheme)
+            parts[part] = StoredTensor(part, kind, shapes[0], make)
+        tensors[name] = StoredTensor(name, scheme.kind, shape, np.empty(0), parts)
+    return tensors
+
+
+def _part(name: str, kind: str, shape: tuple[int, ...], weight: tuple[int, ...], scheme: Scheme) -> npt.NDArray[Any]:
+    if kind == "I64":
+        return np.array(weight)
+    if kind == "F32":  # the integers are uniform over 2^bits; FP8 bytes are made with exponents below 8: |w| < 2
+        deviation = 0.6 if scheme.kind == "FP8" else 2**scheme.bits / math.sqrt(12)
+        return np.full(shape, 1 / (deviation * math.sqrt(weight[1])), np.float32)
+    random = np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
+    raw = np.frombuffer(random.bytes(stored_bytes(kind, shape)), np.uint8)
+    return raw & np.uint8(0xBF) if kind == "F8_E4M3" else raw
 
 
 def _values(name: str, shape: tuple[int, ...]) -> npt.NDArray[np.uint16]:

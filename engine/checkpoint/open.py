@@ -198,25 +198,30 @@ def _quantization(folder: Path) -> dict[str, Any]:
 
 
 def _open_dummy(model: str) -> Checkpoint:
-    from engine.checkpoint.dummy import SHAPES, dummy_tensors, dummy_tokenizer
+    from engine.checkpoint.dummy import SCHEMES, SHAPES, dummy_tensors, dummy_tokenizer
 
     path = Path(model).expanduser()
     folder = path.parent if path.name == "config.json" else path
-    if model in SHAPES:
-        config, name = SHAPES[model], model
+    suffix = next((suffix for suffix in SCHEMES if model.endswith(suffix)), "")
+    shape = model.removesuffix(suffix)
+    if shape in SHAPES:
+        config, name, scheme = SHAPES[shape], model, SCHEMES.get(suffix)
     elif (folder / "config.json").is_file():
         config, name = _folder_config(folder), folder.resolve().name
+        scheme = scheme_of(_quantization(folder), str(folder / "config.json"))
     else:
-        shapes = ", ".join(SHAPES)
-        raise CheckpointError(f"dummy weights need a folder with config.json or a shape ({shapes}), not {model!r}")
+        raise CheckpointError(
+            f"dummy weights need a folder with config.json or a shape ({', '.join(SHAPES)}; quantised with "
+            f"{', '.join(SCHEMES)} behind it), not {model!r}"
+        )
     config = dataclasses.replace(config, dtype="bfloat16")
-    own = (folder / "tokenizer.json").is_file() and model not in SHAPES
+    own = (folder / "tokenizer.json").is_file() and shape not in SHAPES
     return Checkpoint(
         name=name,
         path=path,
         format="dummy",
         config=config,
-        quantization="bfloat16",
-        tensors=dummy_tensors(config),
+        quantization=scheme.name if scheme else "bfloat16",
+        tensors=dummy_tensors(config, scheme),
         load_tokenizer=lambda: tokenizer_from_folder(folder, config) if own else dummy_tokenizer(config),
     )

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from engine.checkpoint import open_checkpoint
-from engine.checkpoint.dummy import SHAPES
+from engine.checkpoint.dummy import SCHEMES, SHAPES
 from engine.checkpoint.names import expected_shapes
 from engine.checkpoint.pull import cached, pull
 from engine.errors import CheckpointError
@@ -127,6 +127,29 @@ def test_dummy_weights_are_the_same_each_time_and_sane() -> None:
     a, b, norm = values.values()
     assert not np.array_equal(a, b) and (norm == 1).all()
     assert abs(a.mean()) < 1e-3 and a.std() == pytest.approx(1536**-0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("suffix", SCHEMES)
+def test_dummy_weights_of_quantised_layers(suffix: str) -> None:
+    """They have the variance of the dense ones, are as large as their format says, and the ends stay dense."""
+    import torch
+
+    from engine.model.loader import STORED
+    from kernels.formats import decode, dequantize
+
+    checkpoint = open_checkpoint("smollm2-135m" + suffix, "dummy")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensor = checkpoint.tensors[name]
+    parts = {
+        part: torch.from_numpy(stored.data.copy()).view(STORED[stored.dtype]).view(stored.shape)
+        for part, stored in tensor.parts.items()
+    }
+    values = dequantize(decode(tensor.dtype, parts))
+    assert values.shape == (576, 1536) and values.isfinite().all()
+    assert abs(values.mean()) < 2e-3 and values.std() == pytest.approx(1536**-0.5, rel=0.1)
+    assert tensor.nbytes < (0.55 if suffix == "-w4a16" else 1.05) * values.numel()
+    assert checkpoint.tensors["model.embed_tokens.weight"].dtype == "BF16"
+    assert checkpoint.quantization == SCHEMES[suffix].name
 
 
 def test_dummy_weights_of_a_folder(random_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
