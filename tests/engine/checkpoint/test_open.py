@@ -146,7 +146,7 @@ def test_dummy_weights_of_quantised_layers(suffix: str) -> None:
     }
     values = dequantize(decode(tensor.dtype, parts))
     assert values.shape == (576, 1536) and values.isfinite().all()
-    assert abs(values.mean()) < 2e-3 and values.std() == pytest.approx(1536**-0.5, rel=0.1)
+    assert abs(values.mean()) < 4e-3 and values.std() == pytest.approx(1536**-0.5, rel=0.1)
     assert tensor.nbytes < (0.55 if suffix == "-w4a16" else 1.05) * values.numel()
     assert checkpoint.tensors["model.embed_tokens.weight"].dtype == "BF16"
     assert checkpoint.quantization == SCHEMES[suffix].name
