@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,22 @@ def test_drain_timeout_aborts_and_exits_0(launch: Callable[..., LiveServer]) -> 
         "Finishing 3",
     ):
         assert text in banner
+
+
+def test_sigterm_lets_the_queue_finish_too(launch: Callable[..., LiveServer]) -> None:
+    """One stream runs, two requests wait for its place: all three get every token, then the server ends."""
+    live = launch(engine={"max_num_seqs": 1})
+    expected = live.complete(max_tokens=12, ignore_eos=True).json()["choices"][0]["text"]
+    reader = Reader(live, max_tokens=60)
+    with ThreadPoolExecutor(2) as pool:
+        queued = [pool.submit(live.complete, max_tokens=12, ignore_eos=True) for _ in range(2)]
+        while live.load()["waiting"] < 2:
+            time.sleep(0.005)
+        live.process.send_signal(signal.SIGTERM)
+        assert reader.last()["choices"][0]["finish_reason"] == "length"
+        assert [reply.result().json()["choices"][0]["text"] for reply in queued] == [expected] * 2
+    assert live.process.wait(20) == 0
+    assert "Finishing 3 completions" in live.printed()
 
 
 def test_second_signal_stops_now(launch: Callable[..., LiveServer]) -> None:

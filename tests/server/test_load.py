@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import socket
@@ -102,6 +103,29 @@ def test_a_client_that_leaves_frees_its_blocks(server: LiveServer) -> None:
         leave(server, body)
         server.wait_idle(5)  # most of 480 tokens were to come
         assert aborts() == before + body.get("n", 1)
+
+
+def test_slow_readers_and_half_open_sockets_hold_their_own_place_only(server: LiveServer) -> None:
+    """Who does not read keeps no block; who does not finish its request has no place either."""
+    body = {"prompt": "Once upon a time", "max_tokens": 40, "ignore_eos": True, "stream": True, "logprobs": 5}
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    data = json.dumps(body).encode()
+    whole = head + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
+    with contextlib.ExitStack() as open_sockets:
+        for sent in [whole] * 4 + [head, whole[:-20], b"POST /v1/comp", b""] * 5:
+            connection = open_sockets.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            connection.connect(("127.0.0.1", server.settings.port))
+            connection.sendall(sent)
+        deadline = time.monotonic() + 30
+        while server.load()["server_load"] < 1:
+            assert time.monotonic() < deadline, "the slow readers' requests never ran"
+        assert server.load()["server_load"] <= 4
+        assert server.complete(max_tokens=2).json()["choices"][0]["text"] == " Paris."
+        while (load := server.load())["kv_blocks_used"] or load["running"]:
+            assert time.monotonic() < deadline, "a reader that does not read holds blocks"
+            time.sleep(0.02)
+    server.wait_idle()
 
 
 @pytest.fixture(scope="module")
