@@ -77,6 +77,7 @@ class _Launched:
     logprobs: list[torch.Tensor]  # of each row: log-probability, rank, best tokens, theirs; or empty
     scored: list[tuple[Chunk, torch.Tensor]]  # chunks with prompt logprobs, and their hidden states
     padded: int
+    prepared: float
     started: Any
     done: Any
 
@@ -126,6 +127,7 @@ class GpuRunner:
         self._step = 0
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._seen: set[int] = set()  # batch sizes that have run
+        self._prepared = 0.0  # seconds that capturing took for this launch
         self._use_graphs = self._cuda and not options.enforce_eager
         triton.knobs.runtime.jit_cache_hook = lambda **_: self._prepare("compiling")
         triton.knobs.runtime.jit_post_compile_hook = lambda **_: self._prepare("")
@@ -165,6 +167,7 @@ class GpuRunner:
     @torch.inference_mode()
     def launch(self, schedule: Schedule) -> _Launched:
         self._prepare("")  # what failed is over
+        self._prepared = 0.0
         chunks = schedule.chunks
         runs = [self._run(chunk.sequence) for chunk in chunks]
         scored = [chunk for chunk in chunks if _is_scored(chunk)]
@@ -235,11 +238,11 @@ class GpuRunner:
         entries = self._logprobs(logits, [sequence for _, sequence, _ in drawn]) if logits is not None else []
         fetched = self._fetch(self._buffer[: len(drawing)])
         padded = len(chunks) + padding if padding else 0
-        return _Launched(drawn, fetched, entries, kept, padded, started, self._mark())
+        return _Launched(drawn, fetched, entries, kept, padded, self._prepared, started, self._mark())
 
     @torch.inference_mode()
     def finish(self, handle: _Launched) -> StepResult:
-        result = StepResult({}, padded=handle.padded)
+        result = StepResult({}, padded=handle.padded, prepared=handle.prepared)
         result.started, result.seconds = self._wait(handle)
         tokens = handle.tokens.tolist()
         columns = [column.tolist() for column in handle.logprobs]
@@ -352,8 +355,10 @@ class GpuRunner:
             return None
         graph = torch.cuda.CUDAGraph()
         self._prepare("capturing")
+        started = time.monotonic()
         with torch.cuda.graph(graph, pool=self._pool):
             logits = compute()
+        self._prepared = time.monotonic() - started
         self._prepare("")
         self._graphs[size] = graph, logits
         return self._graphs[size]

@@ -141,7 +141,7 @@ class EngineCore:
         stopped = self.clock()
         if result.started is not None:
             started, stopped = result.started, result.started + result.seconds
-        self.ledger.step(chunks, started, stopped, result.seconds, result.padded)
+        self.ledger.step(chunks, started, stopped, result.seconds, result.padded, result.prepared)
 
     def _take(self, schedule: Schedule, result: StepResult) -> None:
         for chunk in schedule.chunks:

@@ -20,7 +20,7 @@ class StepResult:
     start + length as far as they lie in the prompt. errors: a sentence for each sequence whose computation went wrong;
     it needs no entry elsewhere. seconds: that the device took for the step, by its own timer. started: when the device
     began it, on the loop's clock; None: as it was launched, and it ended when `finish` returned. padded: rows of decode
-    that were computed, if more than were scheduled (captured graphs).
+    that were computed, if more than were scheduled (captured graphs). prepared: seconds of capturing before it.
     """
 
     tokens: dict[str, int]
@@ -30,6 +30,7 @@ class StepResult:
     seconds: float = 0.0
     started: float | None = None
     padded: int = 0
+    prepared: float = 0.0
 
 
 class StepRunner(Protocol):

@@ -49,12 +49,19 @@ class Ledger:
         attention = sum(self.roofline.attention(chunk.start, chunk.length) for chunk in chunks)
         return self.roofline.linear(sum(chunk.length for chunk in chunks)) + attention
 
-    def step(self, chunks: list[Chunk], started: float, stopped: float, seconds: float, padded: int = 0) -> None:
+    def step(
+        self, chunks: list[Chunk], started: float, stopped: float, seconds: float, padded: int = 0, prepared: float = 0
+    ) -> None:
         """A step was on the device from `started` to `stopped`, and took `seconds` by the device's own timer.
 
-        padded: rows of decode that were computed, if more than there are decodes (captured graphs).
+        padded: rows of decode that were computed, if more than there are decodes (captured graphs). prepared: seconds
+        of capturing before it; as far as the device waited for that they are start-up, not host.
         """
+        host = self.seconds["host"]
         self.advance(started)
+        prepared = min(prepared, self.seconds["host"] - host)
+        self.seconds["host"] -= prepared
+        self.seconds["startup"] += prepared
         self.advance(stopped, on_device=True)
         prefills: list[tuple[Chunk, float]] = []
         decodes: list[tuple[Chunk, float]] = []

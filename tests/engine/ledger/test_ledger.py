@@ -255,6 +255,17 @@ def test_recomputed_positions_are_a_class_of_their_own() -> None:
     assert ledger.so_far("a") == pytest.approx({"prompt": 2.0, "cached_prompt": 0.0, "decode": 2.0, "recompute": 6.0})
 
 
+def test_a_capture_before_a_step_is_start_up_as_far_as_the_device_waited_for_it() -> None:
+    ledger = Ledger(0.0)
+    ledger.runnable(0.0, True)
+    ledger.step([a_chunk("a", 1, 5, 1)], 1.0, 2.0, 1.0)
+    ledger.step([a_chunk("a", 1, 5, 1)], 5.0, 6.0, 1.0, prepared=2.5)  # the device waited for 3 s
+    assert ledger.seconds["host"] == 1.5 and ledger.seconds["startup"] == 2.5
+    ledger.step([a_chunk("a", 1, 5, 1)], 6.5, 7.0, 0.5, prepared=4.0)  # most of it beside the step before
+    assert ledger.seconds["host"] == 1.5 and ledger.seconds["startup"] == 3.0
+    assert sum(ledger.seconds.values()) == pytest.approx(7.0)
+
+
 def test_a_restart_loses_no_second() -> None:
     first = Traffic(5, 1)
     while snapshot(first.core).seconds["in_flight"] == 0.0:
