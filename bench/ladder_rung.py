@@ -75,19 +75,30 @@ def w8a8(checkpoint: Checkpoint) -> Checkpoint:
     """The layers' weights rounded to the nearest of 255 steps for each row, to be multiplied by activations in int8."""
 
     def stored(tensor: StoredTensor) -> StoredTensor:
-        if not tensor.name.endswith("_proj.weight"):
-            return tensor
-        weight = matrix(tensor, torch.float32)
-        scale = weight.abs().amax(1, keepdim=True).clamp_(min=1e-30) / 127
-        whole = (weight / scale).round_().to(torch.int8)
-        parts = {
-            "weight": StoredTensor(tensor.name, "I8", tensor.shape, whole.numpy()),
-            "weight_scale": StoredTensor(tensor.name + "_scale", "F32", (tensor.shape[0], 1), scale.numpy()),
-        }
-        return StoredTensor(tensor.name, "W8A8", tensor.shape, scale.numpy(), parts)
+        return _int8(tensor) if tensor.name.endswith("_proj.weight") else tensor
 
     tensors = {name: stored(tensor) for name, tensor in checkpoint.tensors.items()}
     return dataclasses.replace(checkpoint, quantization="W8A8", tensors=tensors)
+
+
+def w8a8_head(checkpoint: Checkpoint) -> Checkpoint:
+    """The head, too: a matrix of its own beside the embeddings, which stay as they are."""
+    table = checkpoint.tensors["model.embed_tokens.weight"]
+    head = dataclasses.replace(checkpoint.tensors.get("lm_head.weight", table), name="lm_head.weight")
+    tensors = {**w8a8(checkpoint).tensors, head.name: _int8(head)}
+    config = dataclasses.replace(checkpoint.config, tie_embeddings=False)
+    return dataclasses.replace(checkpoint, config=config, quantization="W8A8, head too", tensors=tensors)
+
+
+def _int8(tensor: StoredTensor) -> StoredTensor:
+    weight = matrix(tensor, torch.float32)
+    scale = weight.abs().amax(1, keepdim=True).clamp_(min=1e-30) / 127
+    whole = (weight / scale).round_().to(torch.int8)
+    parts = {
+        "weight": StoredTensor(tensor.name, "I8", tensor.shape, whole.numpy()),
+        "weight_scale": StoredTensor(tensor.name + "_scale", "F32", (tensor.shape[0], 1), scale.numpy()),
+    }
+    return StoredTensor(tensor.name, "W8A8", tensor.shape, scale.numpy(), parts)
 
 
 def four_bit(checkpoint: Checkpoint) -> Checkpoint:
@@ -115,7 +126,13 @@ def _q4_0(tensor: StoredTensor) -> Any:
     return torch.cat(found).numpy()
 
 
-WEIGHTS = {"stored": lambda checkpoint: checkpoint, "dense": dense, "4-bit": four_bit, "w8a8": w8a8}
+WEIGHTS = {
+    "stored": lambda checkpoint: checkpoint,
+    "dense": dense,
+    "4-bit": four_bit,
+    "w8a8": w8a8,
+    "w8a8 and head": w8a8_head,
+}
 
 
 def ceilings(place: Place, small: bool) -> dict[str, Any]:
@@ -263,8 +280,8 @@ class EngineRung:
         self.core, self.info, _ = build_core(EngineOptions(**(options | rung.options)), checkpoint=checkpoint)
         info = self.info
         plan = getattr(self.core.runner, "_plan", None)
-        as_stored = plan is None or slots <= plan.few_rows or rung.weights == "w8a8"
-        self.rate = "int8" if rung.weights == "w8a8" else "16-bit"
+        as_stored = plan is None or slots <= plan.few_rows or rung.weights.startswith("w8a8")
+        self.rate = "int8" if rung.weights.startswith("w8a8") else "16-bit"
         self.kv_bytes = info.kv_cache_bytes / (info.num_blocks * info.block_size)
         stored = float(bytes_read(checkpoint))
         self.weight_bytes = stored if as_stored else 2.0 * info.parameters  # else a dense copy
