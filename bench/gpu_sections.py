@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from bench import gpu_operations, kernel_cases, kernels, results
@@ -169,6 +168,8 @@ def transformers(dry: bool, folder: Path) -> Iterator[Result]:
 
 def ladder(dry: bool, folder: Path) -> Iterator[Result]:
     """The cost ladder on dummy weights. Its own file, ladder_gpu.json, has all of it, and is gone on with."""
+    import msgspec  # like the engine, it may be missing on a GPU machine: then this section alone is not run
+
     from bench import ladder as cost
     from bench.ladder_workload import load
 

@@ -75,7 +75,14 @@ def test_the_command_line_wins_over_the_environment_over_the_file(serve: Any) ->
 
 
 def test_every_option_has_a_variable(serve: Any) -> None:
-    samples = {"load_format": "dummy", "device": "cpu", "dtype": "float32", "log_format": "json", "block_size": "32"}
+    samples = {
+        "load_format": "dummy",
+        "kv_cache_dtype": "int8",
+        "device": "cpu",
+        "dtype": "float32",
+        "log_format": "json",
+        "block_size": "32",
+    }
     names = [field.name for struct in (EngineOptions, ServerSettings) for field in msgspec.structs.fields(struct)]
     for name in names:
         if name != "engine":
