@@ -294,9 +294,10 @@ def conditions(result: results.Result) -> str:
         else f"No US$: {no_price(result.device)}"
     )
     tail, new = work["tail"], work["new_tokens"]
+    flow = "all there from the start" if work["concurrency"] >= work["requests"] else "the next starts as one ends"
     return (
         f"{result.model} {result.quantization}{dummy} on {result.device}, {data['threads']} threads. "
-        f"{work['requests']} requests, saturated: the next starts as one ends. Prompts of "
+        f"{work['requests']} requests, saturated: {flow}. Prompts of "
         f"{work['shared_prefix'] + tail[0]} to {work['shared_prefix'] + tail[1]} tokens, {work['shared_prefix']} of "
         f"them shared by every second one; answers of {new[0]} to {new[1]} tokens, greedy. Basis busy: all of the "
         f"device's time but idle and start-up, utilisation 100%. {price}; 3:1 blend of prompt and answer tokens."
