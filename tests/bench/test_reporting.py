@@ -264,6 +264,7 @@ def assert_sliders(browser: Browser) -> None:
     slide("device-price", "1000")
     assert figure("busy") == pytest.approx(seconds * 20 / 3600, rel=0.04)
     assert "cannot match it" in browser.all("#against tr")[0].text
-    slide("scenario", "6")
+    labels = [option.text for option in browser.all("#scenario option")]  # committed results are among them
+    slide("scenario", str(next(i for i, label in enumerate(labels) if label.endswith("concurrency 1"))))
     assert "concurrency 1" in browser.text("#scenario-conditions")
     assert "Utilisation then" in browser.text("#scenario-conditions")
