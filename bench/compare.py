@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib.resources
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -59,16 +58,6 @@ def parse(name: str, base: EngineOptions) -> EngineOptions:
             raise FenError(f"{name!r}: {part!r} is not allowed after the model; {allowed} is.")
         changes[option] = value
     return msgspec.structs.replace(base, model=model, **changes)
-
-
-def evaluation_text(path: Path | None) -> str:
-    """The user's, or Bierce's dictionary (bench/texts/README.md)."""
-    if path is None:
-        return importlib.resources.files("bench").joinpath("texts/evaluation.txt").read_text(encoding="utf-8")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise FenError(f"--text {path} cannot be read as text: {error}") from None
 
 
 def compare(

@@ -47,7 +47,7 @@ class Guide:
                 self.length = length
                 self.matcher.unsafe_compute_mask_ptr(self.mask.ctypes.data, self.mask.nbytes)
             failed = self.matcher.is_error()
-        except Exception:
+        except (TimeoutError, ValueError, RuntimeError):  # the last two are llguidance's
             failed = True
         if failed:
             self.error = "The grammar became too complex at this point of the text to be followed; simplify it."

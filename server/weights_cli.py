@@ -80,10 +80,11 @@ def compare(
     from bench import results
     from bench.machine import cpu_name
     from bench.prices import parse_price
+    from bench.prompts import text_of
 
     known = None if price is None else parse_price(price)
     options = EngineOptions(device="cpu", threads=threads)
-    given = comparison.evaluation_text(None if text is None else Path(text))
+    given = text_of(None if text is None else Path(text), "--text", "evaluation.txt")
     with Console(stderr=True).status("") as status:
         rows = comparison.compare(models, options, given, tokens, window, batch, known, status.update)
     print(comparison.table(rows, batch))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.prompts import text_of
 from bench.quantize.calibrate import WINDOW, Recorder, Stream
 from bench.quantize.folder import Shards, config_json, parts_of, quantization_config, write_json, write_tokenizer
 from bench.quantize.rounding import TARGETS, Rounded, Target, gptq, group_size, nearest
@@ -64,7 +64,9 @@ def quantize(
     config = config_json(checkpoint, dtype) | {"quantization_config": quantization_config(target, group)}
     stream = None
     if method == "gptq":
-        ids = checkpoint.tokenizer.encode(_text(calibration), add_special_tokens=False)[:tokens]
+        ids = checkpoint.tokenizer.encode(
+            text_of(calibration, "--calibration", "calibration.txt"), add_special_tokens=False
+        )[:tokens]
         if len(ids) < WINDOW:
             raise FenError(f"The calibration text has {len(ids)} tokens; {WINDOW} are needed at least.")
         stream = Stream(checkpoint, ids)
@@ -147,12 +149,3 @@ class _Worker:
 def _stored(name: str, value: torch.Tensor) -> StoredTensor:
     raw = value.contiguous().reshape(-1).view(torch.uint8).numpy()
     return StoredTensor(name, _TYPES[value.dtype], tuple(value.shape), raw)
-
-
-def _text(path: Path | None) -> str:
-    if path is None:
-        return importlib.resources.files("bench").joinpath("texts/calibration.txt").read_text(encoding="utf-8")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise FenError(f"--calibration {path} cannot be read as text: {error}") from None

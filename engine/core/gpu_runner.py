@@ -33,13 +33,14 @@ from engine.core.runner import (
     LOGIT_ROWS,
     NOT_FINITE,
     available_memory,
+    engine_info,
     kv_blocks,
     prompt_logprobs,
     weights_progress,
 )
 from engine.core.step import StepResult
 from engine.errors import CapacityError
-from engine.messages import EngineInfo, EngineOptions, TokenLogprob
+from engine.messages import EngineOptions, TokenLogprob
 from engine.model.decoder import Step
 from engine.model.gpu import Batch, GpuBackend
 from engine.model.loader import load_decoder
@@ -141,20 +142,14 @@ class GpuRunner:
         self._anchor = self._mark(), time.monotonic()  # the device's clock and the host's
         self._synchronize()
         progress("warm-up", 1.0)
-        self.info = EngineInfo(
-            model=checkpoint.name,
-            path=str(checkpoint.path),
-            architecture=config.architecture,
-            parameters=checkpoint.parameters,
-            quantization=checkpoint.quantization,
-            dtype=str(activations).removeprefix("torch."),
+        self.info = engine_info(
+            checkpoint,
+            dtype=activations,
             device=torch.cuda.get_device_name(self.device) if self._cuda else "cpu (Triton's interpreter)",
-            vocab_size=config.vocab_size,
             max_model_len=self.max_model_len,
             block_size=self.block_size,
             num_blocks=self.num_blocks,
-            kv_cache_bytes=self.num_blocks * self.block_size * self.backend.kv_bytes_per_token,
-            weight_bytes=checkpoint.total_bytes,
+            kv_bytes_per_token=self.backend.kv_bytes_per_token,
             load_seconds=time.monotonic() - loading,
             batch_invariant=invariant,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -77,20 +78,14 @@ class Runner:
         progress("warm-up", 0.0)
         self._warm_up()
         progress("warm-up", 1.0)
-        self.info = EngineInfo(
-            model=checkpoint.name,
-            path=str(checkpoint.path),
-            architecture=config.architecture,
-            parameters=checkpoint.parameters,
-            quantization=checkpoint.quantization,
-            dtype="float32" if dtype == torch.float32 else str(self._plan.few).removeprefix("torch."),
+        self.info = engine_info(
+            checkpoint,
+            dtype=dtype if dtype == torch.float32 else self._plan.few,
             device=f"cpu ({torch.get_num_threads()} threads)",
-            vocab_size=config.vocab_size,
             max_model_len=self.max_model_len,
             block_size=self.block_size,
             num_blocks=self.num_blocks,
-            kv_cache_bytes=self.num_blocks * self.block_size * backend.kv_bytes_per_token,
-            weight_bytes=checkpoint.total_bytes,
+            kv_bytes_per_token=backend.kv_bytes_per_token,
             load_seconds=time.monotonic() - started,
             batch_invariant=self._invariant,
         )
@@ -214,6 +209,26 @@ class _Run:
         self.admission = admission
         self.checked = 0
         self.consecutive = True
+
+
+def engine_info(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, num_blocks: int, block_size: int, kv_bytes_per_token: int, **of: Any
+) -> EngineInfo:
+    """What every runner says of itself. `of`: the fields of EngineInfo that are the runner's own as they are."""
+    return EngineInfo(
+        model=checkpoint.name,
+        path=str(checkpoint.path),
+        architecture=checkpoint.config.architecture,
+        parameters=checkpoint.parameters,
+        quantization=checkpoint.quantization,
+        dtype=str(dtype).removeprefix("torch."),
+        vocab_size=checkpoint.config.vocab_size,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        kv_cache_bytes=num_blocks * block_size * kv_bytes_per_token,
+        weight_bytes=checkpoint.total_bytes,
+        **of,
+    )
 
 
 def weights_progress(progress: Callable[[str, float], None], total: int) -> Callable[[int], None]:
