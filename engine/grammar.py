@@ -11,7 +11,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -34,25 +34,29 @@ class Guide:
     def __init__(self, matcher: LLMatcher, vocab_size: int):
         self.matcher, self.vocab_size = matcher, vocab_size
         self.mask = np.zeros(-(-vocab_size // 32), np.int32)
-        self.length = 0  # tokens taken
         self.ready = _AT_ONCE
         self.error: str | None = None
 
-    def allowed(self, length: int) -> NDArray[np.bool_]:
-        """Of each token, whether it may follow the first `length`; waits for the mask. None may once `error` is set."""
+    def allowed(self, held: Collection[int] = ()) -> NDArray[np.bool_]:
+        """`words`, a bool for each token."""
+        words = self.words(held).view(np.uint8)
+        return np.unpackbits(words, count=self.vocab_size, bitorder="little").view(np.bool_)
+
+    def words(self, held: Collection[int] = ()) -> NDArray[np.int32]:
+        """The mask of what may come next; waits for it. Nothing may once `error` is set. held: tokens that may not come
+        while any other may."""
         try:
             self.ready.result(MASK_SECONDS)
-            if self.length > length:  # the step that drew the last token went wrong and is computed again
-                self.matcher.rollback(self.length - length)
-                self.length = length
-                self.matcher.unsafe_compute_mask_ptr(self.mask.ctypes.data, self.mask.nbytes)
             failed = self.matcher.is_error()
         except (TimeoutError, ValueError, RuntimeError):  # the last two are llguidance's
             failed = True
         if failed:
             self.error = "The grammar became too complex at this point of the text to be followed; simplify it."
-            return np.zeros(self.vocab_size, np.bool_)
-        return np.unpackbits(self.mask.view(np.uint8), count=self.vocab_size, bitorder="little").view(np.bool_)
+            return np.zeros_like(self.mask)
+        others = self.mask.copy()
+        for token in held:
+            others.view(np.uint32)[token // 32] &= ~np.uint32(1 << token % 32)
+        return others if others.any() else self.mask
 
 
 class Grammars:
@@ -81,7 +85,7 @@ class Grammars:
         if drawn:
             ready = self._matching.submit(self._advance, drawn)
             for guide, _ in drawn:
-                guide.ready, guide.length = ready, guide.length + 1
+                guide.ready = ready
 
     def _advance(self, drawn: list[tuple[Guide, int]]) -> None:
         self._threads.consume_token_par([(guide.matcher, token) for guide, token in drawn])

@@ -7,7 +7,8 @@ one token and P others, S rows that sample):
     ^ written by the sampler, row by row; all the rest by the host
 
 `sources` are places in this buffer: an input token lies among `tokens`, or, if the step before is still drawing it, in
-`sampled`. It never waits for the host.
+`sampled`. It never waits for the host. A step that draws for a grammar is finished before the next is scheduled, since
+the next mask depends on the token; the masks lie in the sampling table.
 
 A step of decodes alone is filled up to one of a few batch sizes. Its inputs then lie at the same addresses every time,
 and it is captured as a CUDA graph when its size comes for the second time. Eager steps have the same padded shapes.
@@ -27,8 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from numpy.typing import NDArray
 
 from engine.checkpoint import Checkpoint
+from engine.core.device import DeviceClock
 from engine.core.runner import (
     LOGIT_ROWS,
     NOT_FINITE,
@@ -40,6 +43,7 @@ from engine.core.runner import (
 )
 from engine.core.step import StepResult
 from engine.errors import CapacityError
+from engine.grammar import Grammars
 from engine.messages import EngineOptions, TokenLogprob
 from engine.model.decoder import Step
 from engine.model.gpu import Batch, GpuBackend
@@ -90,7 +94,6 @@ class GpuRunner:
     fatal = (torch.AcceleratorError,)
     preparing = ""
     contiguous = False
-    grammars = None
 
     def __init__(
         self,
@@ -120,6 +123,7 @@ class GpuRunner:
         self.backend = GpuBackend(config, activations, self.block_size, self.device, invariant, options.kv_cache_dtype)
         self.model = load_decoder(checkpoint, self.backend, weights_progress(progress, checkpoint.total_bytes))
 
+        self.grammars = Grammars(checkpoint.tokenizer, config.vocab_size, config.eos_token_ids)
         self._table = SamplingTable(self._max_seqs, config.vocab_size, self.device, MAX_BIASES)
         self._workspace = SampleWorkspace(self._max_seqs, config.vocab_size, self.device)
         self._first = -(-self._max_seqs // 4) * 4  # place of the first token in the buffer
@@ -139,7 +143,7 @@ class GpuRunner:
         self.num_blocks = self._num_blocks(options)
         self.max_model_len = min(self.max_model_len, self.num_blocks * self.block_size)
         self._allocate(self.num_blocks)
-        self._anchor = self._mark(), time.monotonic()  # the device's clock and the host's
+        self._clock = DeviceClock(self._cuda)
         self._synchronize()
         progress("warm-up", 1.0)
         self.info = engine_info(
@@ -210,11 +214,19 @@ class GpuRunner:
         for row, i in enumerate(drawing):
             runs[i].step, runs[i].row = self._step, row
 
+        drawn = [(row, chunks[i].sequence, runs[i]) for row, i in enumerate(drawing) if chunks[i].sample]
+        masks: dict[int, NDArray[np.int32]] = {}
+        for row, sequence, run in drawn:
+            if sequence.guide is not None:
+                masks[row] = sequence.guide.words(sequence.held)
+                run.error = run.error or sequence.guide.error
+        self._table.set_masks(masks)
+
         def compute() -> torch.Tensor:
             return self._draw(self._forward(step), sample_slots, sample_positions)
 
         graph = self._graph(len(chunks) + padding, compute) if fixed else None
-        started = self._mark()
+        started = self._clock.mark()
         kept: list[tuple[Chunk, torch.Tensor]] = []
         logits: torch.Tensor | None = None
         if graph is not None:
@@ -229,16 +241,15 @@ class GpuRunner:
                     kept.append((chunk, hidden[row : row + chunk.length]))
             if drawing:
                 logits = self._draw(hidden[rows] if scored else hidden, sample_slots, sample_positions)
-        drawn = [(row, chunks[i].sequence, runs[i]) for row, i in enumerate(drawing) if chunks[i].sample]
         entries = self._logprobs(logits, [sequence for _, sequence, _ in drawn]) if logits is not None else []
         fetched = self._fetch(self._buffer[: len(drawing)])
         padded = len(chunks) + padding if padding else 0
-        return _Launched(drawn, fetched, entries, kept, padded, self._prepared, started, self._mark())
+        return _Launched(drawn, fetched, entries, kept, padded, self._prepared, started, self._clock.mark())
 
     @torch.inference_mode()
     def finish(self, handle: _Launched) -> StepResult:
         result = StepResult({}, padded=handle.padded, prepared=handle.prepared)
-        result.started, result.seconds = self._wait(handle)
+        result.started, result.seconds = self._clock.wait(handle.started, handle.done)
         tokens = handle.tokens.tolist()
         columns = [column.tolist() for column in handle.logprobs]
         for row, sequence, run in handle.drawn:
@@ -385,7 +396,8 @@ class GpuRunner:
 
     def _set_sampling(self, sequence: Sequence, run: _Run) -> None:
         params = sequence.request.params
-        banned = sequence.eos_token_ids.union(params.stop_token_ids) if params.min_tokens else ()
+        masked = sequence.guide is not None  # what may not be drawn is in the mask
+        banned = sequence.eos_token_ids.union(params.stop_token_ids) if params.min_tokens and not masked else ()
         bias = params.logit_bias
         if len(banned) + len(bias) > MAX_BIASES:
             run.error = f"logit_bias names more than {MAX_BIASES} tokens, which is all that a GPU takes."
@@ -394,8 +406,8 @@ class GpuRunner:
             run.slot, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
             presence=params.presence_penalty, frequency=params.frequency_penalty, repetition=params.repetition_penalty,
             seed=seed_of(sequence, self._seed), stream=params.stream, bias=bias, banned=sorted(banned),
-            ban_until=sequence.prompt_len + params.min_tokens, prompt=sequence.request.prompt,
-            output=sequence.tokens[sequence.prompt_len :],
+            ban_until=sequence.prompt_len + params.min_tokens, masked=masked,
+            prompt=sequence.request.prompt, output=sequence.tokens[sequence.prompt_len :],
         )  # fmt: skip
 
     # Memory and time of the device.
@@ -439,27 +451,6 @@ class GpuRunner:
         """A copy on the host, valid once the step is done."""
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._cuda)
         return host.copy_(tensor, non_blocking=True)
-
-    def _mark(self) -> Any:
-        """A point in the stream of the device's work."""
-        if not self._cuda:
-            return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _wait(self, handle: _Launched) -> tuple[float, float]:
-        """Waits for a step. Returns when it began, on the host's clock, and the seconds it took."""
-        if not self._cuda:
-            return handle.started, handle.done - handle.started
-        waited = not handle.done.query()
-        handle.done.synchronize()
-        now, seconds = time.monotonic(), handle.started.elapsed_time(handle.done) / 1000
-        if waited:  # it ended just now
-            self._anchor = handle.done, now
-            return now - seconds, seconds
-        event, at = self._anchor
-        return at + event.elapsed_time(handle.started) / 1000, seconds
 
     def _prepare(self, what: str) -> None:
         self.preparing = what

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from engine.core.step import StepResult, StepRunner
-from engine.errors import FenError, RequestError, is_out_of_memory
+from engine.errors import FenError, is_out_of_memory
 from engine.grammar import Guide
 from engine.ledger import Ledger
 from engine.messages import EngineStats, Output, Request, TokenLogprob
@@ -37,12 +37,10 @@ class EngineCore:
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises RequestError if it can never be served (the engine process answers `Refused`)."""
-        grammars, grammar = self.runner.grammars if request.params.grammar else None, request.params.grammar
-        if grammar and grammars is None:
-            raise RequestError("structured output and tools run on the CPU only so far; leave them out.", "grammar")
-        sequence = self.scheduler.add(request, wait=grammars is not None)
-        if grammars is not None:
-            self._compiling[sequence] = grammars.start(grammar)
+        grammar = request.params.grammar
+        sequence = self.scheduler.add(request, wait=bool(grammar))
+        if grammar:
+            self._compiling[sequence] = self.runner.grammars.start(grammar)
         self.ledger.runnable(self.clock(), True)
         if request.params.prompt_logprobs is not None:
             self._prompt_logprobs[request.id] = [None]
@@ -82,6 +80,8 @@ class EngineCore:
     def step(self) -> list[Output]:
         """Launches the next step and finishes an earlier one, so that at most `runner.depth` stay in flight."""
         self._take_compiled()
+        while any(_is_guided(schedule) for schedule, _, _ in self._in_flight):
+            self._finish()  # the next mask depends on the token
         schedule = self.scheduler.schedule()
         if schedule is not None:
             self._launch(schedule)
@@ -154,6 +154,14 @@ class EngineCore:
                 # After a preemption positions come a second time.
                 known = self._prompt_logprobs[id]
                 known += result.prompt_logprobs[id][len(known) - chunk.start - 1 :]
+        guided = [
+            (chunk.sequence.guide, token)
+            for chunk in schedule.chunks
+            if chunk.sequence.guide is not None and not chunk.stale
+            if (token := result.tokens.get(chunk.sequence.id)) is not None and token not in chunk.sequence.eos_token_ids
+        ]
+        if guided:
+            self.runner.grammars.advance(guided)
         for sequence, token in self.scheduler.finish(schedule, result.tokens):
             self._outputs.append(self._output(sequence, token, result))
             if sequence.finish_reason:
@@ -230,6 +238,10 @@ class EngineCore:
             self.ledger.runnable(self.clock(), False)
         self._prompt_logprobs.pop(sequence.id, None)
         self.runner.release(sequence)
+
+
+def _is_guided(schedule: Schedule) -> bool:
+    return any(chunk.sample and chunk.sequence.guide is not None for chunk in schedule.chunks)
 
 
 def _sentence(error: Exception) -> str:

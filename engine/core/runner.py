@@ -12,7 +12,7 @@ import torch
 from engine.checkpoint import Checkpoint
 from engine.core.step import StepResult
 from engine.errors import CapacityError
-from engine.grammar import Grammars, Guide
+from engine.grammar import Grammars
 from engine.messages import EngineInfo, EngineOptions, TokenLogprob
 from engine.model.cpu import CpuBackend
 from engine.model.decoder import Decoder, Step
@@ -144,17 +144,13 @@ class Runner:
     def _sample(self, hidden: torch.Tensor, sequences: list[Sequence], result: StepResult) -> None:
         logits = self.model.logits(hidden)
         wanted: list[int] = []
-        guided: list[tuple[Guide, int]] = []
         for row, (sequence, token) in enumerate(zip(sequences, self.sampler.sample(logits, sequences), strict=True)):
             if token is None:
                 result.errors[sequence.id] = (sequence.guide and sequence.guide.error) or NOT_FINITE
                 continue
             result.tokens[sequence.id] = token
-            if sequence.guide is not None and token not in sequence.eos_token_ids:
-                guided.append((sequence.guide, token))
             if sequence.request.params.logprobs is not None:
                 wanted.append(row)
-        self.grammars.advance(guided)
         if wanted:
             chosen = [sequences[row] for row in wanted]
             counts = [sequence.request.params.logprobs or 0 for sequence in chosen]

@@ -38,7 +38,8 @@ class StepRunner(Protocol):
 
     @property
     def depth(self) -> int:
-        """Steps that may stay in flight while the host goes on: 0 finishes each step at once."""
+        """Steps that may stay in flight while the host goes on: 0 finishes each step at once. None does that draws for
+        a grammar."""
 
     @property
     def fatal(self) -> tuple[type[Exception], ...]:
@@ -49,8 +50,8 @@ class StepRunner(Protocol):
         """What launches do once and may take long over: "compiling", "capturing"; "" while they do nothing of it."""
 
     @property
-    def grammars(self) -> Grammars | None:
-        """Compiles what `Sequence.guide` follows; None if this runner cannot follow grammars."""
+    def grammars(self) -> Grammars:
+        """Compiles what `Sequence.guide` follows."""
 
     def launch(self, schedule: Schedule) -> Any:
         """Starts a step and returns a handle for `finish`."""

@@ -75,15 +75,11 @@ class Sampler:
                 )
                 scores = torch.where(seen.in_prompt | generated, penalised, scores)
             scores -= params.presence_penalty * generated + params.frequency_penalty * seen.counts
-        if sequence.num_generated < params.min_tokens:
-            scores[[*sequence.eos_token_ids, *params.stop_token_ids]] = -torch.inf
         if sequence.guide is not None:
-            if params.ignore_eos:
-                scores[list(sequence.eos_token_ids)] = -torch.inf
-            forbidden = torch.from_numpy(~sequence.guide.allowed(sequence.num_generated))
-            scores = scores.masked_fill_(forbidden, -torch.inf)
-            if scores.max() == -torch.inf:  # the text is complete: only the banned end is left
-                scores = logits.masked_fill(forbidden, -torch.inf)
+            allowed = sequence.guide.allowed(sequence.held)
+            scores.masked_fill_(torch.from_numpy(~allowed), -torch.inf)
+        elif sequence.held:
+            scores[list(sequence.held)] = -torch.inf
         return scores
 
     def _update_seen(self, sequence: Sequence, vocab_size: int) -> Seen:

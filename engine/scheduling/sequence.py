@@ -50,7 +50,6 @@ class Sequence:
     admission: int = 0  # grows whenever it loses its blocks: a step launched before that is stale (see Chunk.stale)
     refused_free: int | None = None  # free blocks when its admission was last refused: pointless to retry with no more
     first_scheduled: float | None = None  # seconds, the engine's clock
-    slot: int | None = None  # the runner's own
     guide: Guide | None = None  # where it is in its grammar; set before it is scheduled
 
     @property
@@ -70,6 +69,15 @@ class Sequence:
     def remaining(self) -> int:
         """Positions that could be computed now."""
         return min(len(self.tokens) + self.num_pending, self.max_computed) - self.num_computed
+
+    @property
+    def held(self) -> set[int]:
+        """Tokens that would end it before they may."""
+        params = self.request.params
+        held = set(self.eos_token_ids) if params.ignore_eos else set()
+        if self.num_generated < params.min_tokens:
+            held.update(self.eos_token_ids, params.stop_token_ids)
+        return held
 
     def append(self, token: int) -> None:
         """Takes a sampled token and sets `finish_reason` if it is the last one.

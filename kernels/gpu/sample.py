@@ -1,6 +1,6 @@
 """Logits to tokens in one launch, each row by its own parameters and random stream; and log-probabilities.
 
-    scores = penalise(logits + bias) / temperature
+    scores = penalise(logits + bias, -inf where a mask forbids) / temperature
     token  = argmax over the kept tokens of scores + Gumbel noise            (a draw from softmax(scores), truncated)
     kept:  fewer than top_k tokens score higher, these have less than top_p of the (top-k) mass, score >= max +
     log(min_p)
@@ -20,9 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 
 BLOCK = 4096  # tokens a program looks at
 SCAN = tl.constexpr(
@@ -119,9 +121,9 @@ def _top_k_mass(scores, k, peak, V, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["parts"])
 def sample_kernel(
-    logits, slots, positions, floats, ints, seen, bias_ids, bias_values, tokens,
+    logits, slots, positions, floats, ints, seen, bias_ids, bias_values, masks, tokens,
     scores, part_values, part_tokens, counters,
-    V, parts, s_logits, s_bias,
+    V, parts, s_logits, s_bias, s_masks,
     BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, parts). PARTS: parts rounded up to a power of two."""
@@ -146,6 +148,7 @@ def sample_kernel(
     biased = tl.load(ints + slot * 8 + 4)
     banned = tl.load(ints + slot * 8 + 5)
     ban_until = tl.load(ints + slot * 8 + 6)
+    masked = tl.load(ints + slot * 8 + 7)
     penalised = (presence != 0) | (frequency != 0) | (repetition != 1)
     limited_k = (top_k > 0) & (top_k < V)
     truncated = (temperature > 0) & (limited_k | (top_p < 1) | (min_p > 0))
@@ -165,6 +168,9 @@ def sample_kernel(
         count = history & (IN_PROMPT - 1)
         s = tl.where(history > 0, tl.where(s > 0, tl.div_rn(s, repetition), s * repetition), s)
         s -= tl.where(count > 0, presence, 0.0) + frequency * count.to(tl.float32)
+    if masked:  # by subtraction, which lets NaN and infinity through
+        word = tl.load(masks + row.to(tl.int64) * s_masks + i // 32, mask=i < V, other=0)
+        s -= tl.where((word >> (i % 32)) & 1 != 0, 0.0, float("inf"))
     value = s
     if temperature > 0:
         s = tl.div_rn(s, temperature)
@@ -260,8 +266,10 @@ class SamplingTable:
 
     floats float32 [slots, 8]: temperature, top_p, min_p, presence, frequency, repetition.
     ints int32 [slots, 8]: top_k, low and high word of the seed, stream, entries of bias, how many of these are bans
-    (they come first), position from which they are off. seen int32 [slots, V]: see IN_PROMPT. bias_ids, bias_values
-    [slots, max_bias].
+    (they come first), position from which they are off, whether there is a mask. seen int32 [slots, V]: see IN_PROMPT.
+    bias_ids, bias_values [slots, max_bias]. masks int32 [slots, V / 32 rounded up]: a bit for each token that may be
+    drawn; by the row of the launch, not by slot, and read for slots with a mask only; always at the same address, so
+    that captured graphs read what was written last.
     """
 
     def __init__(self, slots: int, vocab_size: int, device: torch.device | str, max_bias: int = 1024) -> None:
@@ -270,6 +278,7 @@ class SamplingTable:
         self.seen = torch.zeros(slots, vocab_size, dtype=torch.int32, device=device)
         self.bias_ids = torch.zeros(slots, max_bias, dtype=torch.int32, device=device)
         self.bias_values = torch.zeros(slots, max_bias, device=device)
+        self.masks = torch.zeros(slots, triton.cdiv(vocab_size, 32), dtype=torch.int32, device=device)
 
     def set(
         self,
@@ -287,16 +296,18 @@ class SamplingTable:
         bias: Mapping[int, float] | None = None,
         banned: Sequence[int] = (),
         ban_until: int = 0,
+        masked: bool = False,
         prompt: Sequence[int] = (),
         output: Sequence[int] = (),
     ) -> None:
-        """Fills a slot. banned: tokens impossible at positions below ban_until. prompt, output: the request's tokens so
-        far, for the penalties; the kernel counts those it draws from then on. seed: any 64-bit integer."""
+        """Fills a slot. banned: tokens impossible at positions below ban_until. masked: its rows' masks hold. prompt,
+        output: the request's tokens so far, for the penalties; the kernel counts those it draws from then on. seed: any
+        64-bit integer."""
         ids = [*banned, *(bias or {})]
         values = [-float("inf")] * len(banned) + list((bias or {}).values())
         assert len(ids) <= self.bias_ids.shape[1], f"{len(ids)} biased tokens"
         floats = [temperature, top_p, min_p, presence, frequency, repetition, 0, 0]
-        words = [top_k, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, stream, len(ids), len(banned), ban_until, 0]
+        words = [top_k, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, stream, len(ids), len(banned), ban_until, masked]
         words = [w - (1 << 32) if w >= 1 << 31 else w for w in words]
         _put(self.floats[slot], torch.tensor(floats, dtype=torch.float32))
         _put(self.ints[slot], torch.tensor(words, dtype=torch.int32))
@@ -308,6 +319,14 @@ class SamplingTable:
             seen = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=vocab_size).int()
             seen[torch.tensor(prompt, dtype=torch.int64)] |= IN_PROMPT.value
             _put(self.seen[slot], seen)
+
+    def set_masks(self, masks: Mapping[int, NDArray[np.int32]]) -> None:
+        """The words of `masks` for these rows of the next launch."""
+        if masks:
+            host = torch.empty(max(masks) + 1, self.masks.shape[1], dtype=torch.int32)
+            for row, words in masks.items():
+                host[row] = torch.from_numpy(words)
+            _put(self.masks[: len(host)], host)
 
 
 def _put(target: torch.Tensor, values: torch.Tensor) -> None:
@@ -346,9 +365,9 @@ def sample(
     assert logits.stride(1) == 1 and table.seen.shape[1] == workspace.scores.shape[1] == vocab_size
     assert rows <= workspace.counters.numel(), f"workspace for {workspace.counters.numel()} rows, not {rows}"
     sample_kernel[(rows, workspace.parts)](
-        logits, slots, positions, table.floats, table.ints, table.seen, table.bias_ids, table.bias_values, tokens,
-        workspace.scores, workspace.part_values, workspace.part_tokens, workspace.counters,
-        vocab_size, workspace.parts, logits.stride(0), table.bias_ids.stride(0),
+        logits, slots, positions, table.floats, table.ints, table.seen, table.bias_ids, table.bias_values,
+        table.masks, tokens, workspace.scores, workspace.part_values, workspace.part_tokens, workspace.counters,
+        vocab_size, workspace.parts, logits.stride(0), table.bias_ids.stride(0), table.masks.stride(0),
         workspace.block, triton.next_power_of_2(workspace.parts), num_warps=max(4, workspace.block // 256),
     )  # fmt: skip
 

@@ -53,7 +53,7 @@ def llm(checkpoint_path: Path) -> Iterator[LLM]:
 
 def follow(grammars: Grammars, guide: Guide, tokens: list[int]) -> None:
     for token in tokens:
-        assert guide.allowed(guide.length)[token]
+        assert guide.allowed()[token]
         grammars.advance([(guide, token)])
 
 
@@ -66,7 +66,7 @@ def test_a_mask_is_what_brute_force_finds(
     guide = grammars.guide(CHOICES)
     text = ""
     while True:
-        allowed = guide.allowed(guide.length)
+        allowed = guide.allowed()
         may = {word[len(text) :] for word in WORDS if word.startswith(text)}
         for id in range(grammars.vocab_size):
             piece = tokenizer.token_bytes(id).decode(errors="replace")
@@ -90,7 +90,7 @@ def test_guides_of_one_grammar_go_their_own_ways(grammars: Grammars, tokenizer: 
     assert a is not None and b is not None
     grammars.advance([(first, a), (second, b)])
     (eos,) = tokenizer.eos_ids
-    assert first.allowed(1)[b] and not second.allowed(1)[b] and first.allowed(1)[eos] and second.allowed(1)[eos]
+    assert first.allowed()[b] and not second.allowed()[b] and first.allowed()[eos] and second.allowed()[eos]
 
 
 @pytest.mark.parametrize("grammar", ["start: (", "start: nothing", '{"grammars": [{"json_schema": {"type": "x"}}]}'])
@@ -170,18 +170,6 @@ def test_cancelled_while_it_is_compiled(llm: LLM) -> None:
     assert llm.generate("ab", params(CHOICES))[0].text in WORDS
 
 
-def test_a_step_that_is_computed_again_draws_the_same(grammars: Grammars, tokenizer: Tokenizer) -> None:
-    guide, plain = grammars.guide(CHOICES), grammars.guide(CHOICES)
-    a, b = tokenizer.token_to_id("a"), tokenizer.token_to_id("b")
-    assert a is not None and b is not None
-    for each in (guide, plain):
-        grammars.advance([(each, a)])
-    grammars.advance([(guide, b)])  # drawn, and then the step fails
-    assert (guide.allowed(1) == plain.allowed(1)).all() and guide.allowed(1)[b]
-    grammars.advance([(guide, b)])
-    assert not guide.allowed(2)[b] and guide.allowed(2)[list(tokenizer.eos_ids)].all()
-
-
 @pytest.mark.parametrize("kind", ["smollm", "llama-bpe", SENTENCEPIECE])
 def test_every_kind_of_tokenizer(smollm2: Path, kind: str) -> None:
     """Of a GGUF file: whatever is drawn of what is allowed, the bytes make JSON of the schema, and it can end."""
@@ -196,7 +184,7 @@ def test_every_kind_of_tokenizer(smollm2: Path, kind: str) -> None:
     for seed in range(10):
         guide, data, draw = grammars.guide(grammar), b"", random.Random(seed)
         for _ in range(60):
-            token = draw.choice(guide.allowed(guide.length).nonzero()[0].tolist())
+            token = draw.choice(guide.allowed().nonzero()[0].tolist())
             if token == 2:
                 break
             data += tokenizer.token_bytes(token)

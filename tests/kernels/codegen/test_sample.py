@@ -15,8 +15,12 @@ GPUS = (80, 89, 90)
 @pytest.mark.parametrize(("capability", "logits"), ((80, "bf16"), (89, "fp32"), (90, "fp32"), (90, "bf16")))
 def test_sample(capability: int, logits: str) -> None:
     types = dict(logits=f"*{logits}", slots="*i32", positions="*i32", floats="*fp32", ints="*i32", seen="*i32")
-    types |= dict(bias_ids="*i32", bias_values="*fp32", tokens="*i32", scores="*fp32", part_values="*fp32")
-    types |= dict(part_tokens="*i32", counters="*i32", V="i32", parts="i32", s_logits="i32", s_bias="i32")
+    types |= dict(
+        bias_ids="*i32", bias_values="*fp32", masks="*i32", tokens="*i32", scores="*fp32", part_values="*fp32"
+    )
+    types |= dict(
+        part_tokens="*i32", counters="*i32", V="i32", parts="i32", s_logits="i32", s_bias="i32", s_masks="i32"
+    )
     compiled = compile_only(
         sample.sample_kernel,
         types,
@@ -24,7 +28,7 @@ def test_sample(capability: int, logits: str) -> None:
         capability,
         num_warps=16,
         num_stages=3,
-        divisible_by_16=("V", "s_logits", "s_bias"),
+        divisible_by_16=("V", "s_logits", "s_bias", "s_masks"),
     )
     code = MachineCode(compiled)
     assert code.spills == 0 and code.registers <= 128  # 512 threads

@@ -6,12 +6,15 @@ All but CUDA graphs, events and the memory measurement runs here.
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from llguidance import LLMatcher
 
 from engine.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from engine.core.build import build_core
@@ -46,10 +49,13 @@ def core_of(checkpoint: Checkpoint | Path, kind: Any = GpuRunner, **options: Any
     return EngineCore(runner, scheduler)
 
 
-def generate(core: EngineCore, prompts: list[list[int]], params: SamplingParams) -> list[list[Output]]:
+def generate(
+    core: EngineCore, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]
+) -> list[list[Output]]:
     outputs: dict[str, list[Output]] = {str(i): [] for i in range(len(prompts))}
-    for id, prompt in zip(outputs, prompts, strict=True):
-        core.add(Request(id=id, prompt=prompt, params=params))
+    each = params if isinstance(params, list) else [params] * len(prompts)
+    for id, prompt, one in zip(outputs, prompts, each, strict=True):
+        core.add(Request(id=id, prompt=prompt, params=one))
     while core.has_work:
         for output in core.step():
             outputs[output.id].append(output)
@@ -118,6 +124,56 @@ def test_prompt_logprobs_equal_the_cpu(core: EngineCore, cpu_core: EngineCore) -
     for a, b in zip(mine[1:], theirs[1:], strict=True):
         assert a is not None and b is not None
         assert (a.token, a.rank) == (b.token, b.rank) and a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+SCHEMA = {
+    "type": "object", "properties": {"a": {"enum": ["x", "yes"]}, "n": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["a", "n"], "additionalProperties": False,
+}  # fmt: skip
+
+
+def test_grammars_equal_the_cpu(core: EngineCore, cpu_core: EngineCore) -> None:
+    """A schema, greedy and drawn, a pattern that ends only when nothing else is left, and two requests without."""
+    schema = LLMatcher.grammar_from_json_schema(SCHEMA, overrides={"whitespace_flexible": False})
+    each = [
+        SamplingParams(max_tokens=40, temperature=0.0, grammar=schema, logprobs=1),
+        SamplingParams(max_tokens=3, temperature=0.8, seed=1),
+        SamplingParams(max_tokens=40, temperature=1.0, seed=5, grammar=schema, top_p=0.8, presence_penalty=0.5),
+        SamplingParams(max_tokens=9, seed=2, grammar="start: /[ab]{2,4}/", ignore_eos=True, min_tokens=3),
+        SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True),
+    ]
+    prompts = [*PROMPTS, [5], [7, 8]]
+    mine, theirs = generate(core, prompts, each), generate(cpu_core, prompts, each)
+    assert [tokens_of(outputs) for outputs in mine] == [tokens_of(outputs) for outputs in theirs]
+    tokenizer = core.runner.grammars._source
+    texts = [tokenizer.decode(tokens_of(outputs)) for outputs in mine]
+    for text in (texts[0], texts[2]):
+        value = json.loads(text)
+        assert value["a"] in ("x", "yes") and value["n"] in range(10)
+    assert re.fullmatch("[ab]{4}", texts[3]) and mine[3][-1].finish_reason == "stop"
+    assert [entry.rank for entry in entries_of(mine[0])] == [entry.rank for entry in entries_of(theirs[0])]
+
+
+def test_a_step_for_a_grammar_is_finished_before_the_next(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And others stay in flight."""
+    in_flight: list[int] = []
+    launch = core.runner.launch
+    monkeypatch.setattr(
+        core.runner, "launch", lambda schedule: (in_flight.append(len(core._in_flight)), launch(schedule))[1]
+    )
+    generate(core, [[5]], SamplingParams(max_tokens=6, grammar="start: /[ab]*/", ignore_eos=True))
+    assert in_flight == [0] * 6
+    in_flight.clear()
+    generate(core, [[5]], SamplingParams(max_tokens=6, ignore_eos=True))
+    assert in_flight == [0, 1, 1, 1, 1, 1]
+
+
+def test_a_grammar_that_outgrows_its_limits_fails_its_request_alone(core: EngineCore) -> None:
+    hard = "start: A\nA: /(.*a.{10})/ & ~/(.*b.{11})/ & /(.*c.{9}.*)/"
+    letters = {core.runner.grammars._source.encode(letter, False)[0]: 50.0 for letter in "abc"}
+    params = SamplingParams(max_tokens=20, grammar=hard, seed=1, logit_bias=letters)
+    good, bad = generate(core, [[5], [6]], [GREEDY, params])
+    assert len(tokens_of(good)) == 5 and "grammar" in (bad[-1].error or "")
 
 
 def test_preempted_equals_the_cpu(model: Path, cpu_core: EngineCore) -> None:

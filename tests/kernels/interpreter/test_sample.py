@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,8 +31,10 @@ def draw(
     rows, vocab_size = logits.shape
     table = sample.SamplingTable(2 * rows + 1, vocab_size, "cpu", max_bias=8)
     table.floats.fill_(float("nan"))
+    table.masks.fill_(-1)
     for i, request in enumerate(requests):
-        table.set(2 * i + 1, **request)
+        table.set(2 * i + 1, masked="allowed" in request, **{k: v for k, v in request.items() if k != "allowed"})
+    table.set_masks({i: words(request["allowed"]) for i, request in enumerate(requests) if "allowed" in request})
     workspace = sample.SampleWorkspace(rows, vocab_size, "cpu", block=BLOCK)
     workspace.scores.fill_(float("nan"))
     tokens = torch.full((rows,), -7, dtype=torch.int32)
@@ -39,6 +42,11 @@ def draw(
     sample.sample(logits.to(dtype), slots, torch.tensor(positions), table, tokens, workspace)
     assert not workspace.counters.any()
     return tokens.tolist()
+
+
+def words(allowed: set[int]) -> Any:
+    bits = np.isin(np.arange(-(-V // 32) * 32), list(allowed))
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def expected(logits: torch.Tensor, request: dict[str, Any], position: int) -> set[int]:
@@ -55,6 +63,8 @@ def expected(logits: torch.Tensor, request: dict[str, Any], position: int) -> se
         bias=bias,
         **{name: request[name] for name in PENALTIES if name in request},
     )
+    if "allowed" in request:
+        scores[~torch.isin(torch.arange(vocab_size), torch.tensor(list(request["allowed"])))] = -float("inf")
     noise = gumbel(vocab_size, request.get("seed", 0), request.get("stream", 0), position)
     truncation = {name: request[name] for name in TRUNCATION if name in request}
     results = set()
@@ -79,6 +89,7 @@ requests = st.fixed_dictionaries(
         "bias": st.dictionaries(st.integers(0, V - 1), st.sampled_from((-100.0, 5.0, 100.0)), max_size=4),
         "prompt": st.lists(st.integers(0, V - 1), max_size=30),
         "output": st.lists(st.integers(0, 40), max_size=30),
+        "allowed": st.sets(st.integers(0, V - 1), min_size=1, max_size=60),
     },
 )
 
@@ -139,6 +150,21 @@ def test_drawn_tokens_are_counted_for_the_penalties() -> None:
         sample.sample(logits, torch.zeros(1).int(), torch.tensor([step]), table, token, workspace)
         drawn.append(token.item())
     assert drawn == [3, 4, 500, 3, 4, 500] and table.seen[0, 4] == sample.IN_PROMPT.value + 2
+
+
+def test_masks() -> None:
+    """Every bit of a word, by the row and not by the slot; a mask of one token, of all, of none; rows without."""
+    logits = random_logits(36, 4)
+    some: list[dict[str, Any]] = [{"temperature": 1.0, "allowed": {700 + bit}} for bit in range(33)]
+    some += [{"temperature": 0.0, "allowed": set(range(V))}, {"temperature": 1.0, "allowed": set()}]
+    got = draw(logits, [*some, {"temperature": 0.0}], [0] * 36)
+    assert got == [*range(700, 733), int(logits[33].argmax()), -1, int(logits[35].argmax())]
+
+
+def test_a_mask_hides_no_nan() -> None:
+    logits = random_logits(2, 4)
+    logits[0, 5], logits[1, 5] = float("nan"), float("inf")
+    assert draw(logits, [{"temperature": 0.0, "allowed": {7}}] * 2, [0, 0]) == [-1, -1]
 
 
 def test_padded_and_broken_rows() -> None:
