@@ -7,13 +7,15 @@ DEV := $(VENV)/installed-dev
 FUZZ := $(VENV)/installed-fuzz
 SECONDS ?= 600
 CLIENTS := .venv-clients
+QUALITY := .quality
+REFERENCE := smollm2-135m-instruct
 # On a terminal pip shows its progress; in CI only what goes wrong.
 PIP_INSTALL := $(PY) -m pip install $(if $(CI),--quiet) --disable-pip-version-check --constraint constraints.txt --editable
 
 # A GPU's price is found by its name.
 CPU_PRICE = $(if $(shell command -v nvidia-smi),,cpu-4vcpu)
 
-.PHONY: help serve test test-load test-clients lint format bench-cpu bench-serve fuzz clean
+.PHONY: help serve test test-load test-clients lint format bench-cpu bench-serve bench-quality fuzz clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +30,7 @@ help:
 	@echo "make bench-cpu     this engine beside llama.cpp and transformers, on this CPU"
 	@echo "make fuzz          ten minutes of damaged checkpoints against the parsers; SECONDS=60 is a minute"
 	@echo "make bench-serve   load on a server of its own: latencies, tokens a second, US\$$ per million tokens"
+	@echo "make bench-quality  what each smaller form of SmolLM2 costs in quality: rounds it seven times, compares them"
 	@echo "make clean         remove the environments and every cache"
 
 serve: $(RUN_TIME)
@@ -62,13 +65,24 @@ bench-serve: $(DEV)
 		--random-input-len 256 --random-output-len 64 --num-prompts 16 --num-warmups 2 --temperature 0 \
 		--max-concurrency 1,4,16 $(ARGS)
 
+# Each form is named by its folder; plain rounding keeps --method rtn in its name, and groups their size.
+bench-quality: $(DEV)
+	@rm -rf $(QUALITY) && mkdir $(QUALITY)
+	@cd $(QUALITY) && quantize() { ../$(VENV)/bin/fen quantize $(REFERENCE) "$$@" || exit 1; } && \
+		for size in 64 32; do for method in rtn gptq; do \
+			quantize --to w4a16 --method $$method --group-size $$size --output w4a16-$$method-$$size; done; done && \
+		for to in w8a16 w8a8 fp8; do quantize --to $$to --output $$to; done && \
+		../$(VENV)/bin/fen compare $(REFERENCE) w4a16-rtn-64 w4a16-gptq-64 w4a16-rtn-32 w4a16-gptq-32 w8a16 w8a8 fp8 \
+			$(REFERENCE):kv_cache_dtype=int8 $(REFERENCE):kv_cache_dtype=fp8 --price cpu-4vcpu \
+			--json ../bench/results/compare.json $(ARGS)
+
 fuzz: $(FUZZ)
 	@for target in gguf safetensors index config tokenizer; do \
 		$(PY) -m tests.fuzz.checkpoints $$target --seconds $$(($(SECONDS) / 5)) || exit 1; \
 	done
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(CLIENTS) $(QUALITY) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUN_TIME): pyproject.toml constraints.txt

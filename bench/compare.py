@@ -32,9 +32,11 @@ OPTIONS = {"dtype": ("auto", "bfloat16", "float32"), "kv_cache_dtype": ("auto", 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """name: as it was asked for. Rates in tokens/s; decode with `batch` streams together; cost: US$ per million."""
+    """name: as it was asked for; tokens: of the text. Rates in tokens/s; decode with `batch` streams together; cost:
+    US$ per million."""
 
     name: str
+    tokens: int
     quantization: str
     weight_bytes: int
     kv_bytes_per_token: float
@@ -136,7 +138,7 @@ def _row(
     info = engine.info
     kv = info.kv_cache_bytes / (info.num_blocks * info.block_size)
     quality = math.exp(lost / count), kl / len(ids), same / len(ids)
-    return Row(name, info.quantization, info.weight_bytes, kv, *quality, prefill, decode, together, usd)
+    return Row(name, len(ids), info.quantization, info.weight_bytes, kv, *quality, prefill, decode, together, usd)
 
 
 def _rates(engine: LocalEngine, ids: list[int], batch: int) -> tuple[float, float, float]:
@@ -149,6 +151,32 @@ def _rates(engine: LocalEngine, ids: list[int], batch: int) -> tuple[float, floa
         len(prompt) / min(timing.first_seconds for timing in alone),
         max(timing.decode_rate for timing in alone),
         max(timing.decode_rate for timing in many),
+    )
+
+
+def rows_of(result: results.Result) -> list[Row]:
+    """Of a file. Raises FenError where it is not whole."""
+    try:
+        return [Row(**row) for row in result.data["rows"]]
+    except (KeyError, TypeError) as error:
+        raise FenError(f"a result of the kind compare is not whole: {error}") from None
+
+
+def conditions(result: results.Result) -> str:
+    """One paragraph: what the figures of the table are of."""
+    data = result.data
+    money = ""
+    if result.price:
+        money = (
+            f" US$ per million tokens at {result.price.usd_per_device_hour:g} a device-hour ({result.price.name}, "
+            f"{result.price.date}, {result.price.source}): the blend of three prompt tokens to one of the answer, with "
+            f"{data['batch']} streams busy and utilisation 100%."
+        )
+    return (
+        f"{result.model} ({result.quantization}) is the reference, on {result.device}, "
+        f"{data['threads']} threads. Quality: of {data['tokens']:,} tokens of the text, in windows of "
+        f"{data['window']:,}. Speed, tokens a second: a prompt of {data['prompt_tokens']} tokens, then "
+        f"{data['new_tokens']} of the answer, alone and {data['batch']} together; the best of {REPETITIONS}.{money}"
     )
 
 
@@ -169,9 +197,10 @@ def table(rows: list[Row], batch: int) -> str:
     return markdown_table(header + (["US$/M"] if priced else []), lines)
 
 
-def result(rows: list[Row], tokens: int, window: int, batch: int, price: Price | None, device: str) -> results.Result:
+def result(rows: list[Row], window: int, batch: int, threads: int, price: Price | None, device: str) -> results.Result:
     data: dict[str, Any] = {
-        "tokens": tokens, "window": window, "batch": batch, "prompt_tokens": PROMPT, "new_tokens": NEW,
+        "tokens": rows[0].tokens, "window": window, "batch": batch, "threads": threads, "prompt_tokens": PROMPT,
+        "new_tokens": NEW,
         "blend": "3 prompt tokens to 1 output token, all streams busy",
         "rows": [dataclasses.asdict(row) for row in rows],
     }  # fmt: skip

@@ -48,6 +48,7 @@ class Section:
 
 def sections(dry: bool) -> list[Section]:
     from bench.gpu_sections import (
+        LADDERS,
         ceilings,
         check,
         end_to_end,
@@ -58,6 +59,7 @@ def sections(dry: bool) -> list[Section]:
         timing,
         transformers,
     )  # fmt: skip
+    from bench.gpu_sweep import SHAPES, sweep
 
     checks = [
         Section(f"check {family} {i + 1} of {count}", check(family, i, count), 150, together=True)
@@ -75,7 +77,8 @@ def sections(dry: bool) -> list[Section]:
         Section("step", step, 45),
         Section("end to end", end_to_end, 120),
         Section("transformers", transformers, 120),
-        Section("ladder", ladder, 240),
+        *(Section(f"ladder {shape}", ladder(shape), 240) for shape in (LADDERS[:1] if dry else LADDERS)),
+        *(Section(f"sweep {shape}", sweep(shape), 150) for shape in (SHAPES[:1] if dry else SHAPES)),
     ]
 
 
@@ -242,11 +245,22 @@ def report(results: dict[str, Result], dry: bool) -> str:
         lines.append(markdown_table(["kernel", "µs", "is", "wanted", "of"], targets))
     speeds = [
         [row["name"], f"{row['tokens_per_second']:,.0f}", f"{row['wanted']:g}" if row.get("wanted") else ""]
-        for row in rows_of(results, "end to end") + rows_of(results, "transformers") + rows_of(results, "ladder")
+        for row in rows_of(results, "end to end")
+        + rows_of(results, "transformers")
+        + rows_of(results, "ladder")
+        + rows_of(results, "sweep")
         if "tokens_per_second" in row
     ]
     if speeds:
         lines.append(markdown_table(["end to end", "tokens/s", "wanted"], speeds))
+    lines += [
+        f"{name}: below {line['label']}'s US${line['usd_per_million']:.2f} a million from "
+        + ", ".join(
+            f"{count or 'no measured number'} at a time ({basis})" for basis, count in line["concurrency"].items()
+        )
+        for name, result in results.items()
+        for line in result.get("cheaper_from", [])
+    ]
     reasons = {
         (name, entry["not_run"]): None
         for row in rows_of(results, "time")

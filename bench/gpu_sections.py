@@ -23,8 +23,8 @@ from bench.operations import Place, reason
 
 Result = dict[str, Any]
 Run = Callable[[bool, Path], Iterator[Result]]
-DUMMIES = ("llama-3-8b", "llama-3-8b-w4a16", "yi-6b-w4a16", "yi-34b-w4a16")
-LADDER = ("llama-3-8b",)
+DUMMIES = ("llama-3-8b", "llama-3-8b-w4a16", "llama-3-8b-fp8", "yi-6b-w4a16", "yi-34b-w4a16", "yi-34b-fp8")
+LADDERS = ("llama-3-8b", "yi-34b")
 FAMILIES = {"w4a16": "w4", "dequant_w4": "w4", "decode": "attention", "prefill": "attention"}
 WANTED = {("llama-3-8b", 1): 170.0, ("llama-3-8b-w4a16", 1): 430.0}  # tokens a second; the head is in 16 bits
 PROMPT, NEW = 128, 128
@@ -166,25 +166,29 @@ def transformers(dry: bool, folder: Path) -> Iterator[Result]:
         yield {"rows": rows}
 
 
-def ladder(dry: bool, folder: Path) -> Iterator[Result]:
-    """The cost ladder on dummy weights. Its own file, ladder_gpu.json, has all of it, and is gone on with."""
-    import msgspec  # like the engine, it may be missing on a GPU machine: then this section alone is not run
+def ladder(shape: str) -> Run:
+    def run(dry: bool, folder: Path) -> Iterator[Result]:
+        """The cost ladder on dummy weights. Its own file has all of it, and is gone on with."""
+        import msgspec  # like the engine, it may be missing on a GPU machine: then this section alone is not run
 
-    from bench import ladder as cost
-    from bench.ladder_workload import load
+        from bench import ladder as cost
+        from bench.ladder_workload import load
 
-    path, whole = folder / "ladder_gpu.json", load()
-    if dry:
-        small = {"requests": 4, "concurrency": 2, "shared_prefix": 64, "tail": (4, 8), "new_tokens": (3, 5)}
-        work = msgspec.structs.replace(whole.workload, **small, quality_tokens=12)
-        whole = msgspec.structs.replace(whole, workload=work, cpu=whole.gpu)
-    model, load_format = _models(dry, folder, LADDER)[-1]
-    device, threads = ("cpu", 1) if dry else ("cuda", None)
-    cost.run(model, load_format, device, threads, None, path, path.exists(), whole, small=dry)
-    rungs = results.load(path, cost.KIND).data["rungs"]
-    rows = [{"name": f"ladder {i}, {rung['name']}", "cut": rung["cut"], "usd_per_million": rung["usd_per_million"],
-             "tokens_per_second": rung["tokens_per_second"]} for i, rung in enumerate(rungs, 1)]  # fmt: skip
-    yield {"rows": rows}
+        path, whole = folder / f"ladder_{shape}.json", load()
+        if dry:
+            small = {"requests": 4, "concurrency": 2, "shared_prefix": 64, "tail": (4, 8), "new_tokens": (3, 5)}
+            work = msgspec.structs.replace(whole.workload, **small, quality_tokens=12)
+            whole = msgspec.structs.replace(whole, workload=work, cpu=whole.gpu)
+        model, load_format = _models(dry, folder, [shape])[-1]
+        device, threads = ("cpu", 1) if dry else ("cuda", None)
+        cost.run(model, load_format, device, threads, None, path, path.exists(), whole, small=dry)
+        rungs = results.load(path, cost.KIND).data["rungs"]
+        rows = [{"name": f"ladder {shape} {i}, {rung['name']}", "cut": rung["cut"],
+                 "usd_per_million": rung["usd_per_million"], "tokens_per_second": rung["tokens_per_second"]}
+                for i, rung in enumerate(rungs, 1)]  # fmt: skip
+        yield {"rows": rows}
+
+    return run
 
 
 def _device(dry: bool) -> torch.device:
@@ -212,7 +216,7 @@ def _models(dry: bool, folder: Path, dummies: Iterable[str]) -> list[tuple[str, 
     return [(str(tiny), "dummy")]
 
 
-def _engine(model: str, load_format: str, dry: bool, eager: bool) -> Any:
+def _engine(model: str, load_format: str, dry: bool, eager: bool, **other: Any) -> Any:
     """bench.local_engine.LocalEngine; raises ImportError where the engine's libraries are missing."""
     from bench.local_engine import LocalEngine
     from engine.messages import EngineOptions
@@ -222,7 +226,7 @@ def _engine(model: str, load_format: str, dry: bool, eager: bool) -> Any:
         options |= {"device": "cpu", "dtype": "float32", "threads": 1, "kv_cache_tokens": 2048}
     else:
         options |= {"device": "cuda", "kv_cache_tokens": 65536, "max_model_len": 1024}
-    return LocalEngine(EngineOptions(**options))
+    return LocalEngine(EngineOptions(**(options | other)))
 
 
 def _prompt(length: int, seed: int, vocab: int) -> list[int]:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench.ceilings import Ceilings, measure_ceilings, read_bandwidth
@@ -101,6 +102,28 @@ def _int8(tensor: StoredTensor) -> StoredTensor:
     return StoredTensor(tensor.name, "W8A8", tensor.shape, scale.numpy(), parts)
 
 
+def fp8(checkpoint: Checkpoint) -> Checkpoint:
+    """The layers' weights rounded to e4m3 with a scale for each row, when they are read."""
+    tensors = {
+        name: _fp8(tensor) if name.endswith("_proj.weight") else tensor for name, tensor in checkpoint.tensors.items()
+    }
+    return dataclasses.replace(checkpoint, quantization="FP8", tensors=tensors)
+
+
+def _fp8(tensor: StoredTensor) -> StoredTensor:
+    def scale() -> torch.Tensor:
+        return matrix(tensor, torch.float32).abs().amax(1, keepdim=True).clamp_(min=1e-30) / 448
+
+    def rounded() -> Any:
+        return (matrix(tensor, torch.float32) / scale()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    parts = {
+        "weight": StoredTensor(tensor.name, "F8_E4M3", tensor.shape, rounded),
+        "weight_scale": StoredTensor(tensor.name + "_scale", "F32", (tensor.shape[0], 1), lambda: scale().numpy()),
+    }
+    return StoredTensor(tensor.name, "FP8", tensor.shape, np.empty(0), parts)
+
+
 def four_bit(checkpoint: Checkpoint) -> Checkpoint:
     """As stored if that is 4-bit; else the layers' weights rounded to GGUF's Q4_0, when they are read."""
     if checkpoint.quantization.startswith("Q4"):
@@ -132,6 +155,7 @@ WEIGHTS = {
     "4-bit": four_bit,
     "w8a8": w8a8,
     "w8a8 and head": w8a8_head,
+    "fp8": fp8,
 }
 
 
@@ -281,13 +305,16 @@ class EngineRung:
         info = self.info
         plan = getattr(self.core.runner, "_plan", None)
         as_stored = plan is None or slots <= plan.few_rows or rung.weights.startswith("w8a8")
-        self.rate = "int8" if rung.weights.startswith("w8a8") else "16-bit"
+        # fp8 is multiplied at the rate of int8 on a GPU that has it, and not at all on a CPU.
+        eight = rung.weights.startswith("w8a8") or (rung.weights == "fp8" and place.device == "cuda")
+        self.rate = "int8" if eight else "16-bit"
         self.kv_bytes = info.kv_cache_bytes / (info.num_blocks * info.block_size)
         stored = float(bytes_read(checkpoint))
         self.weight_bytes = stored if as_stored else 2.0 * info.parameters  # else a dense copy
         self.settings = (
             f"{info.quantization} weights, {info.dtype} activations, KV blocks of {info.block_size}, "
             f"max_num_seqs {slots}, prefix cache {'on' if self.core.scheduler.enable_prefix_caching else 'off'}"
+            + (f", KV cache in {kv}" if (kv := rung.options.get("kv_cache_dtype")) else "")
         )
         prose = prose_tokens(checkpoint.tokenizer)
         warm = [make_prompt(prose[::-1], min(512, workload.longest - 8), i) for i in range(slots)]

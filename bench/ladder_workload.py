@@ -39,7 +39,7 @@ class Rung(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     name: str
     technique: str
     runs: Literal["plain", "engine"]
-    weights: Literal["dense", "stored", "4-bit", "w8a8", "w8a8 and head"]
+    weights: Literal["dense", "stored", "4-bit", "w8a8", "w8a8 and head", "fp8"]
     sequential: bool = False
     options: dict[str, Any] = {}  # of engine.messages.EngineOptions
 

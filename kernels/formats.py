@@ -232,9 +232,8 @@ def _gptq(kind: str, parts: Mapping[str, torch.Tensor]) -> Weight:
 
 def _packed(kind: str, parts: Mapping[str, torch.Tensor]) -> Weight:
     """compressed-tensors' pack-quantized: words along K, zero points packed along N; none: the middle."""
-    n, k = parts["weight_shape"].tolist()
-    bits = 32 * parts["weight_packed"].shape[1] // k
-    d = parts["weight_scale"]
+    d, k = parts["weight_scale"], int(parts["weight_shape"][1])
+    n, bits = len(d), 32 * parts["weight_packed"].shape[1] // k
     z = torch.full(d.shape, 1 << (bits - 1), dtype=torch.int16, device=d.device)
     if "weight_zero_point" in parts:
         z = unpack(parts["weight_zero_point"].t(), bits).t()[:n]

@@ -30,6 +30,9 @@ def quantize(
         typer.Option(metavar="FILE", help="A text like those that the model will see."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=512, metavar="N", help="Of the calibration.")] = 8192,
+    group_size: Annotated[
+        int | None, typer.Option(metavar="32|64|128", help="Columns that share a scale; default: the most that fit.")
+    ] = None,
 ) -> None:
     """Write a model in fewer bits.
 
@@ -47,7 +50,7 @@ def quantize(
         task = progress.add_task("", total=None)
         text = None if calibration is None else Path(calibration)
         quantize(
-            model, to, folder, method, text, tokens,
+            model, to, folder, method, text, tokens, group_size,
             on_layer=lambda done, total: progress.update(task, completed=done, total=total),
         )  # fmt: skip
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -81,6 +84,7 @@ def compare(
     from bench.machine import cpu_name
     from bench.prices import parse_price
     from bench.prompts import text_of
+    from engine.core.runner import default_threads
 
     known = None if price is None else parse_price(price)
     options = EngineOptions(device="cpu", threads=threads)
@@ -88,7 +92,8 @@ def compare(
     with Console(stderr=True).status("") as status:
         rows = comparison.compare(models, options, given, tokens, window, batch, known, status.update)
     print(comparison.table(rows, batch))
-    kept = comparison.result(rows, tokens, window, batch, known, cpu_name())
+    used = threads or default_threads()
+    kept = comparison.result(rows, window, batch, used, known, cpu_name())
     if json is not None:
         results.save(Path(json), kept)
     if plot is not None:

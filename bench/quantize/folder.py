@@ -18,6 +18,7 @@ from engine.errors import FenError
 # GGUF's architectures whose config.json can be made from the metadata -> its names there.
 ARCHITECTURES = {"llama": ("LlamaForCausalLM", "llama"), "qwen2": ("Qwen2ForCausalLM", "qwen2")}
 ARCHITECTURES["qwen3"] = ("Qwen3ForCausalLM", "qwen3")
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".bin.index.json")
 _SHAPE = {
     "vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
@@ -41,6 +42,22 @@ def parts_of(name: str, rounded: Rounded, target: Target) -> dict[str, torch.Ten
         f"{name}.weight_packed": torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32),
         f"{name}.weight_scale": rounded.scale,
         f"{name}.weight_shape": torch.tensor([n, k]),
+    }
+
+
+def fuse(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a layer with q, k and v as one matrix, and gate and up as another, as Phi-3 has them."""
+    fused: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        for linear, parts in FUSED.items():
+            for part in parts:
+                name = name.replace(f".{part}.", f".{linear}.")
+        fused.setdefault(name, []).append(tensor)
+    return {
+        name: torch.stack([sum(shape[0] for shape in parts), parts[0][1]])  # type: ignore[arg-type]
+        if name.endswith("weight_shape")
+        else torch.cat(parts)
+        for name, parts in fused.items()
     }
 
 
@@ -72,8 +89,6 @@ def config_json(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     """The folder's own, or what the metadata of a GGUF file say. FenError where that cannot be said in config.json."""
     if checkpoint.format == "safetensors":
         values: dict[str, Any] = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
-        if values["architectures"] == ["Phi3ForCausalLM"]:
-            raise FenError("Phi3ForCausalLM keeps q, k and v in one tensor, which fen quantize cannot write.")
         return {name: value for name, value in values.items() if name != "torch_dtype"} | {"dtype": dtype}
     config = checkpoint.config
     if config.architecture not in ARCHITECTURES or config.rope_scaling is not None or config.rope_factors is not None:

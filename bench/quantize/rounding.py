@@ -12,6 +12,7 @@ import dataclasses
 
 import torch
 
+GROUPS = (128, 64, 32)
 BLOCK = 128  # columns whose errors are moved at once into the rest
 DAMPING = 0.01  # of the mean of H's diagonal
 SHRINK = [1 - 0.02 * i for i in range(20)]
@@ -53,14 +54,20 @@ class Rounded:
     scale: torch.Tensor
 
 
-def group_size(target: Target, columns: list[int]) -> int:
-    """The largest usual group that divides every matrix; 0: a row. ValueError if there is none."""
+def group_size(target: Target, columns: list[int], wanted: int | None = None) -> int:
+    """`wanted`, or the largest of GROUPS that divides every matrix; 0: a row. ValueError if it does not, or none."""
     if not target.grouped:
+        if wanted is not None:
+            raise ValueError(f"{target.name} has one scale a row and takes no --group-size")
         return 0
-    for size in (128, 64, 32):
-        if all(k % size == 0 for k in columns):
-            return size
-    raise ValueError("no group of 128, 64 or 32 columns divides every matrix of this model")
+    fitting = [size for size in GROUPS if all(k % size == 0 for k in columns)]
+    if not fitting:
+        raise ValueError("no group of 128, 64 or 32 columns divides every matrix of this model")
+    if wanted not in (None, *fitting):
+        raise ValueError(
+            f"its matrices divide into groups of {' or '.join(map(str, fitting))} columns, not of {wanted}"
+        )
+    return wanted or fitting[0]
 
 
 def nearest(w: torch.Tensor, target: Target, group: int, dtype: torch.dtype) -> Rounded:

@@ -12,7 +12,7 @@ import torch
 
 from bench.prompts import text_of
 from bench.quantize.calibrate import WINDOW, Recorder, Stream
-from bench.quantize.folder import Shards, config_json, parts_of, quantization_config, write_json, write_tokenizer
+from bench.quantize.folder import Shards, config_json, fuse, parts_of, quantization_config, write_json, write_tokenizer
 from bench.quantize.rounding import TARGETS, Rounded, Target, gptq, group_size, nearest
 from engine.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from engine.checkpoint.quantized import Scheme
@@ -37,12 +37,14 @@ def quantize(
     method: str | None = None,
     calibration: Path | None = None,
     tokens: int = 8192,
+    group: int | None = None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Writes `model` in the format `to` (a key of TARGETS) into the new folder `output`.
 
     method: "rtn" or "gptq"; None: gptq for 4 bits, rtn for 8. calibration: a text, of which the first `tokens` are
-    used; None: the one that is shipped. Raises FenError in one sentence.
+    used; None: the one that is shipped. group: columns that share a scale; None: as many as fit. Raises FenError in
+    one sentence.
     """
     if to not in TARGETS:
         raise FenError(f"--to is {to}; it must be {', '.join(TARGETS)}.")
@@ -58,7 +60,7 @@ def quantize(
     dtype = checkpoint.config.dtype if checkpoint.format == "safetensors" else "float16"
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name.endswith("_proj.weight")}
     try:
-        group = group_size(target, [shape[1] for shape in shapes.values()])
+        group = group_size(target, [shape[1] for shape in shapes.values()], group)
     except ValueError as error:
         raise FenError(f"--to {to} does not fit: {error}.") from None
     config = config_json(checkpoint, dtype) | {"quantization_config": quantization_config(target, group)}
@@ -120,7 +122,7 @@ class _Worker:
         self.checkpoint.tensors[names[0]].drop_pages()
         if stream is not None:
             stream.advance(dataclasses.replace(self.checkpoint, config=self.config, tensors=stored), index)
-        return written
+        return fuse(written) if self.config.architecture == "Phi3ForCausalLM" else written
 
     def rest(self) -> dict[str, torch.Tensor]:
         names = [name for name in self.checkpoint.tensors if not name.startswith("model.layers.")]

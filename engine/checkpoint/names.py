@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Mapping
 
@@ -58,7 +59,9 @@ def from_hugging_face(name: str) -> str | None:
 
 
 def split_fused(tensor: StoredTensor, config: ModelConfig) -> list[StoredTensor]:
-    """Phi-3 stores q, k, v as one matrix and gate, up as another: their rows, as the tensors they are elsewhere."""
+    """Phi-3 stores q, k, v as one matrix and gate, up as another: their rows, as the tensors they are elsewhere.
+
+    So with what a quantised one is made of, where that lies in rows (compressed-tensors, FP8)."""
     prefix, _, last = tensor.name.rpartition(".")
     prefix, _, part = prefix.rpartition(".")
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -67,13 +70,18 @@ def split_fused(tensor: StoredTensor, config: ModelConfig) -> list[StoredTensor]
         "gate_up_proj": {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
     }
     rows = fused.get(part)
-    if rows is None or not tensor.shape or tensor.shape[0] != sum(rows.values()):
+    if rows is None:
+        return [tensor]
+    names = [f"{prefix}.{name}.{last}" for name in rows]
+    if last != "weight" and math.prod(tensor.shape) <= 2:  # weight_shape, or a scale for all
+        return [dataclasses.replace(tensor, name=name) for name in names]
+    unit = sum(rows.values()) // max(1, tensor.shape[0])  # rows of the matrix in one of this tensor
+    if unit * tensor.shape[0] != sum(rows.values()) or any(count % unit for count in rows.values()):
         return [tensor]
     parts, row, size = [], 0, tensor.nbytes // tensor.shape[0]
-    for name, count in rows.items():
+    for name, count in zip(names, (count // unit for count in rows.values()), strict=True):
         source = functools.partial(_rows, tensor, row * size, (row + count) * size)
-        shape = (count, *tensor.shape[1:])
-        parts.append(dataclasses.replace(tensor, name=f"{prefix}.{name}.{last}", shape=shape, source=source))
+        parts.append(dataclasses.replace(tensor, name=name, shape=(count, *tensor.shape[1:]), source=source))
         row += count
     return parts
 

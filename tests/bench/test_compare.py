@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from bench import compare as comparison
+from bench import results
 from bench.compare import parse
 from engine.errors import FenError
 from engine.messages import EngineOptions
 from server.cli import app
 
+RESULTS = Path(results.__file__).with_name("results")
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "head_dim": 32}
 
 
@@ -56,3 +59,20 @@ def test_options_of_a_model(name: str) -> None:
     options = parse("C:/m:dtype=float32,kv_cache_dtype=fp8", EngineOptions())
     assert (options.model, options.dtype, options.kv_cache_dtype) == ("C:/m", "float32", "fp8")
     assert parse("C:/m", EngineOptions()).model == "C:/m"
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    result = results.load(RESULTS / "compare.json", "compare")
+    rows, readme = comparison.rows_of(result), (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert comparison.table(rows, result.data["batch"]) in readme
+    assert " ".join(comparison.conditions(result).split()) in " ".join(readme.split())
+    nearest, calibrated = ([row for row in rows if f"-{method}-" in row.name] for method in ("rtn", "gptq"))
+    for plain, better in zip(nearest, calibrated, strict=True):
+        assert better.kl_nats < plain.kl_nats and better.perplexity < plain.perplexity
+    assert len(nearest) == 2 and {"w8a16", "w8a8", "fp8"} < {row.name for row in rows}
+
+
+def test_a_result_that_is_not_whole() -> None:
+    for data in ({}, {"rows": [{"name": "m"}]}, {"rows": 7}):
+        with pytest.raises(FenError, match="compare is not whole"):
+            comparison.rows_of(results.new("compare", data))

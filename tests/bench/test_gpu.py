@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu
+from bench import gpu, gpu_sweep, ladder_workload
 from bench.gpu import Section
 from bench.results import load
 
@@ -39,6 +39,12 @@ def test_dry_run_goes_to_its_end(tmp_path: Path) -> None:
     assert all(row["error"] <= row["allowed"] for row in checked)
     assert all(row["equal"] for row in kept["sections"]["graph equals eager"]["rows"])
     assert len(kept["sections"]["transformers"]["rows"]) == 2
+    names = [row["name"] for row in kept["sections"]["ladder llama-3-8b"]["rows"]]
+    assert [name.partition(", ")[2] for name in names] == [rung.name for rung in ladder_workload.load().gpu]
+    (sweep,) = (section for name, section in kept["sections"].items() if name.startswith("sweep"))
+    assert [row["concurrency"] for row in sweep["rows"]] == [1, 2]
+    assert all(0 < row["usd_per_million"]["busy"] <= row["usd_per_million"]["wall"] for row in sweep["rows"])
+    assert "below Yi-Lightning's US$0.14 a million from" in result.stdout
     assert "DRY RUN" in result.stdout and "the step" in result.stdout
 
 
@@ -98,6 +104,16 @@ def test_sections_fail_alone_and_keep_what_they_have(tmp_path: Path, monkeypatch
     assert gpu.run_batch(batch[:1], tmp_path, True, time.monotonic() + 60)["good"]["commit"] == "def"
     late = gpu.run_batch([Section("late", _good, 50)], tmp_path, True, time.monotonic())
     assert late == {"late": {"not_run": "no time left"}}
+
+
+def test_from_which_concurrency_on_a_million_tokens_are_cheaper() -> None:
+    rows = [
+        {"concurrency": count, "usd_per_million": {"busy": busy, "wall": busy * 1.5}}
+        for count, busy in ((1, 9.0), (8, 0.25), (64, 0.1))
+    ]
+    found = {line["usd_per_million"]: line["concurrency"] for line in gpu_sweep.cheaper_from([*rows, {"name": "x"}])}
+    assert found == {0.14: {"busy": 64, "wall": None}, 0.26: {"busy": 8, "wall": 64}, 4.40: {"busy": 8, "wall": 8}}
+    assert gpu_sweep.cheaper_from([{"name": "x", "not_run": "no memory"}]) == []
 
 
 def test_report_names_what_is_wrong_and_what_was_not_run() -> None:

@@ -43,10 +43,20 @@ def test_gptq_loses_less_of_the_output() -> None:
         assert lost[1] < 0.7 * lost[0], (name, lost)
 
 
-@pytest.mark.parametrize(("to", "method"), [(to, "rtn") for to in TARGETS] + [("w4a16", "gptq"), ("w8a8", "gptq")])
+@pytest.mark.parametrize(
+    ("to", "method", "family"),
+    [
+        *((to, "rtn", "Qwen2") for to in TARGETS),
+        ("w4a16", "gptq", "Qwen2"), ("w8a8", "gptq", "Qwen2"),
+        ("w4a16", "gptq", "Phi3"), ("fp8", "rtn", "Phi3"),
+    ],
+)  # fmt: skip
 @torch.inference_mode()
-def test_what_is_written(random_checkpoint: Callable[..., Path], tmp_path: Path, to: str, method: str) -> None:
-    source = random_checkpoint("Qwen2", **SHAPE)
+def test_what_is_written(
+    random_checkpoint: Callable[..., Path], tmp_path: Path, to: str, method: str, family: str
+) -> None:
+    """Phi3's linears are fused in the file, and split where they are read."""
+    source = random_checkpoint(family, **SHAPE)
     layers = []
     folder = run.quantize(
         str(source),
@@ -116,6 +126,19 @@ def test_refusals(random_checkpoint: Callable[..., Path], tmp_path: Path, change
     with pytest.raises(FenError, match=named):
         run.quantize(str(random_checkpoint(**SHAPE)), changes.pop("to", "w4a16"), tmp_path / "out", **changes)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_groups(random_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = str(random_checkpoint(**SHAPE))
+    sizes = []
+    for size in (32, 64):
+        folder = run.quantize(source, "w4a16", tmp_path / str(size), "rtn", group=size)
+        sizes.append(open_checkpoint(str(folder)).tensors["model.layers.0.mlp.up_proj.weight"].nbytes)
+    assert sizes[0] - sizes[1] == 192 * 2 * 4  # two scales more in a row of 128
+    with pytest.raises(FenError, match=r"groups of 64 or 32 columns, not of 128"):
+        run.quantize(source, "w4a16", tmp_path / "out", "rtn", group=128)
+    with pytest.raises(FenError, match="w8a16 has one scale a row and takes no --group-size"):
+        run.quantize(source, "w8a16", tmp_path / "out", group=32)
 
 
 def test_a_model_without_a_group_is_refused(random_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

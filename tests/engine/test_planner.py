@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,7 @@ from engine.core.build import build_core
 from engine.errors import CapacityError
 from engine.messages import EngineOptions
 from engine.planner import GIB, Machine, Plan, check_fit, layer_weights, plan
+from tests.engine.quantized_files import KINDS, quantise
 
 CARD = Machine("a card", 80 * GIB, 3.0e12, 800e12)
 
@@ -39,6 +43,28 @@ def test_the_layers_of_a_config_are_those_of_the_checkpoint(shape: str) -> None:
     of = planned(shape)
     assert of.weights == pytest.approx(checkpoint.total_bytes, rel=1e-4)  # less the last norm
     assert of.kv == checkpoint.config.kv_bytes_per_token
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_config_of_a_quantised_folder_counts_what_its_files_hold(
+    random_checkpoint: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    shape = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 8, "head_dim": 32}
+    folder, _ = quantise(random_checkpoint(dtype="bfloat16", **shape), kind, tmp_path)
+    (tmp_path / "alone").mkdir()
+    config = shutil.copy(folder / "config.json", tmp_path / "alone")
+    whole = plan(open_checkpoint(str(folder)), CARD, EngineOptions())
+    alone = plan(open_checkpoint(config, "dummy"), CARD, EngineOptions())
+    assert alone.read == pytest.approx(whole.read, rel=0.02)  # g_idx, and the type of the scales, are not in a config
+    bits = 4 if " 4" in f" {kind}" or "w4" in kind or kind == "awq" else 8
+    layers = alone.read - 512 * 256 * 2
+    assert layers == pytest.approx(layer_weights(alone.config) * bits / 8, rel=0.35)
+    assert open_checkpoint(config, "dummy").quantization == open_checkpoint(str(folder)).quantization
+
+
+def test_a_gguf_counts_its_blocks(smollm2: Path) -> None:
+    of = plan(open_checkpoint(str(smollm2)), CARD, EngineOptions())
+    assert of.read - 49152 * 576 * 2 == pytest.approx(layer_weights(of.config) * 20 / 32, rel=0.01)  # Q4_1
 
 
 def test_prefill_is_bound_by_arithmetic_and_decode_of_many_reads_their_keys() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,14 @@ LIES: dict[str, tuple[Any, bytes, int | None, str]] = {
 @pytest.mark.parametrize("case", LIES)
 def test_headers_that_lie(tmp_path: Path, case: str) -> None:
     header, data, length, named = LIES[case]
-    with pytest.raises(CheckpointError) as error:
-        read(write(tmp_path, header, data, length))
+    folder = write(tmp_path, header, data, length)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError) as error:
+            read(folder)
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
     assert named in str(error.value) and len(str(error.value)) < 500
 
 

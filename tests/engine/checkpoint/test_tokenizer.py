@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import tokenizers
-import tokenizers.decoders
-import tokenizers.models
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from engine.checkpoint import Tokenizer, open_checkpoint
 from engine.checkpoint.dummy import SHAPES
@@ -181,6 +180,39 @@ def test_sentencepiece_text(smollm2: Path, tmp_path: Path) -> None:
         tokenizer_from_gguf(_tiny(tmp_path / "x.gguf", model="llama"), CONFIG)
 
 
+LLAMA_2 = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+
+
+@pytest.mark.parametrize("legacy", [True, False], ids=["normalizer", "metaspace"])
+def test_both_forms_of_a_sentencepiece_tokenizer_json(tmp_path: Path, legacy: bool) -> None:
+    """LLaMA 2 and Yi put the space of the first word there by a normalizer, or by a pre-tokenizer (not "legacy"); what
+    has no token becomes bytes."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"helo", "he", "ll"]
+    model = models.BPE(
+        vocab={word: i for i, word in enumerate([*words, "\u2581he"])},
+        merges=[("h", "e"), ("l", "l"), ("\u2581", "he")],
+        unk_token="<unk>", fuse_unk=True, byte_fallback=True,
+    )  # fmt: skip
+    library = tokenizers.Tokenizer(model)
+    library.decoder = decoders.Sequence(LLAMA_2)
+    if legacy:
+        spaces = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        library.normalizer = normalizers.Sequence(spaces)
+    else:
+        library.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=False)
+    library.add_special_tokens(["<s>", "</s>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    config = dataclasses.replace(CONFIG, vocab_size=512)
+    ours = tokenizer_from_folder(tmp_path, config)
+    assert ours.encode("hello", add_special_tokens=False) == [len(words), words.index("ll"), words.index("o")]
+    for text in ("hello", "hello he", "  two", "naïve 你好 😀\n", "", "a\tb", "<s>he"):
+        ids = ours.encode(text, add_special_tokens=False)
+        assert ids == library.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids) == library.decode(ids), text
+    snowman = ours.encode("☃", add_special_tokens=False)
+    assert [ours.token_bytes(token) for token in snowman[-3:]] == [b"\xe2", b"\x98", b"\x83"]
+
+
 def test_a_token_beyond_the_embeddings(random_checkpoint: Callable[..., Path]) -> None:
     """Some repositories add a padding token to the tokenizer and no row to the model."""
     folder = random_checkpoint()
@@ -192,8 +224,8 @@ def test_a_token_beyond_the_embeddings(random_checkpoint: Callable[..., Path]) -
 
 def test_another_kind_of_decoder_is_refused() -> None:
     with pytest.raises(CheckpointError, match="decoder is WordPiece; supported: ByteLevel"):
-        backend = tokenizers.Tokenizer(tokenizers.models.WordPiece({"a": 0}))
-        backend.decoder = tokenizers.decoders.WordPiece()
+        backend = tokenizers.Tokenizer(models.WordPiece({"a": 0}))
+        backend.decoder = decoders.WordPiece()
         Tokenizer(backend)
 
 
@@ -207,3 +239,25 @@ def test_a_folder_without_a_tokenizer(random_checkpoint: Callable[..., Path], tm
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a usable tokenizer"):
         _ = checkpoint.tokenizer
+
+
+BROKEN: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a merge of tokens that are not there": lambda rules: rules["model"]["merges"].append(["zq", "qz"]),
+    "a merge of one token": lambda rules: rules["model"]["merges"].append("he"),
+    "a merge of three tokens": lambda rules: rules["model"]["merges"].append(["h", "e", "l"]),
+    "merges that are no list": lambda rules: rules["model"].update(merges="h e"),
+    "an id that is no number": lambda rules: rules["model"]["vocab"].update(h="7"),
+    "a kind of model that is not known": lambda rules: rules["model"].update(type="Klingon"),
+    "no model": lambda rules: rules.pop("model"),
+}
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_tokenizer_json_is_refused(random_checkpoint: Callable[..., Path], tmp_path: Path, case: str) -> None:
+    rules = json.loads((random_checkpoint() / "tokenizer.json").read_text(encoding="utf-8"))
+    BROKEN[case](rules)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(rules), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a usable tokenizer: ") as error:
+        tokenizer_from_folder(tmp_path, CONFIG)
+    assert len(str(error.value)) < 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,29 @@ def test_random_checkpoints(random_checkpoint: Callable[..., Path], config: dict
         check_greedy(oracle, prompt, text, eps=1e-3)
 
 
+@torch.inference_mode()
+def test_the_first_release_of_yi(random_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Its norms are called ln1 and ln2, its class YiForCausalLM: renamed, they are a Llama's."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    source = random_checkpoint()
+    names = {"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}
+    tensors = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        part = name.rsplit(".", 2)[-2]
+        tensors[name.replace(part, names.get(part, part))] = tensor
+    assert "model.layers.1.ln2.weight" in tensors
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((source / "config.json").read_text()) | {"architectures": ["YiForCausalLM"], "model_type": "Yi"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    core, prompt = core_of(tmp_path), list(range(2, 98))
+    assert (logits_of(core, prompt) - oracle(torch.tensor([prompt])).logits[0].float()).abs().max() < 1e-3
+    check_greedy(oracle, prompt, generate(core, [prompt], 12)[0], eps=1e-3)
+
+
 LONGROPE: dict[str, Any] = {
     "original_max_position_embeddings": 64,
     "rope_parameters": {
@@ -237,12 +261,16 @@ GGUF_PARTS = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v", "self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
 }  # fmt: skip
 GRANITE = {
     "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.03, "logits_scaling": 8.0,
 }  # fmt: skip
 GGUF_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("Llama", {"tie_word_embeddings": True}, {}),
+    "qwen2": ("Qwen2", {}, {}),
+    "qwen3": ("Qwen3", {}, {}),
     "granite": (
         "Granite", GRANITE,
         {"embedding_scale": 12.0, "residual_scale": 0.22, "attention.scale": 0.03, "logit_scale": 8.0},
@@ -270,10 +298,11 @@ def test_gguf_families(random_checkpoint: Callable[..., Path], tmp_path: Path, a
     arrays = {}
     for name, parameter in oracle.state_dict().items():
         values, layer = parameter.clone(), name.removeprefix("model.layers.").partition(".")
-        if arch != "phi3" and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if arch in ("llama", "granite", "smollm3") and name.endswith(("q_proj.weight", "k_proj.weight")):
             values = values.view(-1, 2, 8, 64).transpose(1, 2).reshape(values.shape)
         if name.startswith("model.layers."):
-            name = f"blk.{layer[0]}.{GGUF_PARTS[layer[2].removesuffix('.weight')]}.weight"
+            part, _, kind = layer[2].rpartition(".")
+            name = f"blk.{layer[0]}.{GGUF_PARTS[part]}.{kind}"
         else:
             tops = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
             name = tops[name.removesuffix(".weight")] + ".weight"
@@ -297,3 +326,4 @@ def test_gguf_families(random_checkpoint: Callable[..., Path], tmp_path: Path, a
     core = build_core(EngineOptions(dtype="float32", kv_cache_tokens=1024), checkpoint=checkpoint)[0]
     prompt = torch.randint(2, 512, (96,), generator=torch.Generator().manual_seed(1)).tolist()
     assert (logits_of(core, prompt) - oracle(torch.tensor([prompt])).logits[0].float()).abs().max() < 1e-3
+    check_greedy(oracle, prompt, generate(core, [prompt], 12)[0], eps=1e-3)
