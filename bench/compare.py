@@ -21,11 +21,12 @@ from bench.local_engine import LocalEngine
 from bench.prices import Price
 from bench.quality import divergence
 from bench.report import markdown_table
+from engine.checkpoint import open_checkpoint
 from engine.core.runner import Runner
 from engine.errors import FenError
 from engine.messages import EngineOptions
 
-PROMPT, NEW, REPETITIONS = 512, 32, 3
+PROMPT, NEW, REPETITIONS = 256, 32, 2
 # Options of one model of a comparison: NAME:kv_cache_dtype=int8,dtype=float32
 OPTIONS = {"dtype": ("auto", "bfloat16", "float32"), "kv_cache_dtype": ("auto", "int8", "fp8")}
 
@@ -74,6 +75,8 @@ def compare(
 ) -> list[Row]:
     """One row a model, in order; the first is the reference. Raises FenError."""
     wanted = [parse(name, options) for name in names]
+    for one in wanted:  # what cannot be opened is said before the minutes that the first ones take
+        open_checkpoint(one.model, one.load_format)
     rows: list[Row] = []
     reference: list[torch.Tensor] | None = None
     ids: list[int] = []
@@ -176,7 +179,8 @@ def conditions(result: results.Result) -> str:
         f"{result.model} ({result.quantization}) is the reference, on {result.device}, "
         f"{data['threads']} threads. Quality: of {data['tokens']:,} tokens of the text, in windows of "
         f"{data['window']:,}. Speed, tokens a second: a prompt of {data['prompt_tokens']} tokens, then "
-        f"{data['new_tokens']} of the answer, alone and {data['batch']} together; the best of {REPETITIONS}.{money}"
+        f"{data['new_tokens']} of the answer, alone and {data['batch']} together; the best of {REPETITIONS}.{money} "
+        f"Other processes used {data['others_cpu_share']:.0%} of the CPUs."
     )
 
 
@@ -197,10 +201,12 @@ def table(rows: list[Row], batch: int) -> str:
     return markdown_table(header + (["US$/M"] if priced else []), lines)
 
 
-def result(rows: list[Row], window: int, batch: int, threads: int, price: Price | None, device: str) -> results.Result:
+def result(
+    rows: list[Row], window: int, batch: int, threads: int, price: Price | None, device: str, others_cpu_share: float
+) -> results.Result:
     data: dict[str, Any] = {
         "tokens": rows[0].tokens, "window": window, "batch": batch, "threads": threads, "prompt_tokens": PROMPT,
-        "new_tokens": NEW,
+        "new_tokens": NEW, "others_cpu_share": others_cpu_share,
         "blend": "3 prompt tokens to 1 output token, all streams busy",
         "rows": [dataclasses.asdict(row) for row in rows],
     }  # fmt: skip

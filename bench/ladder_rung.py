@@ -27,6 +27,7 @@ from bench.machine import Disturbance
 from bench.plain import DTYPES, PlainModel, matrix
 from bench.prompts import make_prompt, prose_tokens
 from engine.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from engine.checkpoint.dummy import SCHEMES
 from engine.checkpoint.tensors import FLOATS
 from engine.core.build import build_core
 from engine.errors import FenError
@@ -121,7 +122,7 @@ def _fp8(tensor: StoredTensor) -> StoredTensor:
         "weight": StoredTensor(tensor.name, "F8_E4M3", tensor.shape, rounded),
         "weight_scale": StoredTensor(tensor.name + "_scale", "F32", (tensor.shape[0], 1), lambda: scale().numpy()),
     }
-    return StoredTensor(tensor.name, "FP8", tensor.shape, np.empty(0), parts)
+    return StoredTensor(tensor.name, SCHEMES["-fp8"].kind, tensor.shape, np.empty(0), parts)
 
 
 def four_bit(checkpoint: Checkpoint) -> Checkpoint:

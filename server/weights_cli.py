@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -81,7 +82,7 @@ def compare(
 
     from bench import compare as comparison
     from bench import results
-    from bench.machine import cpu_name
+    from bench.machine import Disturbance, cpu_name
     from bench.prices import parse_price
     from bench.prompts import text_of
     from engine.core.runner import default_threads
@@ -89,11 +90,12 @@ def compare(
     known = None if price is None else parse_price(price)
     options = EngineOptions(device="cpu", threads=threads)
     given = text_of(None if text is None else Path(text), "--text", "evaluation.txt")
+    others = Disturbance(os.getpid())
     with Console(stderr=True).status("") as status:
         rows = comparison.compare(models, options, given, tokens, window, batch, known, status.update)
     print(comparison.table(rows, batch))
     used = threads or default_threads()
-    kept = comparison.result(rows, window, batch, used, known, cpu_name())
+    kept = comparison.result(rows, window, batch, used, known, cpu_name(), others.share())
     if json is not None:
         results.save(Path(json), kept)
     if plot is not None:

@@ -67,7 +67,8 @@ def dummy_tensors(config: ModelConfig, scheme: Scheme | None = None) -> dict[str
             continue
         parts: dict[str, StoredTensor] = {}
         for part, (dtypes, shapes) in scheme.parts(shape[0], shape[1])[0].items():
-            kind = "F32" if part.endswith(("scale", "scales")) else dtypes[0]
+            floats = "F16" if scheme.group else "F32"  # as files have it
+            kind = floats if part.endswith(("scale", "scales")) else dtypes[0]
             make = functools.partial(_part, f"{name}.{part}", kind, shapes[0], shape, scheme)
             parts[part] = StoredTensor(part, kind, shapes[0], make)
         tensors[name] = StoredTensor(name, scheme.kind, shape, np.empty(0), parts)
@@ -77,9 +78,12 @@ def dummy_tensors(config: ModelConfig, scheme: Scheme | None = None) -> dict[str
 def _part(name: str, kind: str, shape: tuple[int, ...], weight: tuple[int, ...], scheme: Scheme) -> npt.NDArray[Any]:
     if kind == "I64":
         return np.array(weight)
-    if kind == "F32":  # the integers are uniform over 2^bits; FP8 bytes are made with exponents below 8: |w| < 2
+    if kind in (
+        "F32",
+        "F16",
+    ):  # the integers are uniform over 2^bits; FP8 bytes are made with exponents below 8: |w| < 2
         deviation = 0.6 if scheme.kind == "FP8" else 2**scheme.bits / math.sqrt(12)
-        return np.full(shape, 1 / (deviation * math.sqrt(weight[1])), np.float32)
+        return np.full(shape, 1 / (deviation * math.sqrt(weight[1])), np.float32 if kind == "F32" else np.float16)
     random = np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
     raw = np.frombuffer(random.bytes(stored_bytes(kind, shape)), np.uint8)
     return raw & np.uint8(0xBF) if kind == "F8_E4M3" else raw

@@ -55,7 +55,7 @@ def test_the_config_of_a_quantised_folder_counts_what_its_files_hold(
     config = shutil.copy(folder / "config.json", tmp_path / "alone")
     whole = plan(open_checkpoint(str(folder)), CARD, EngineOptions())
     alone = plan(open_checkpoint(config, "dummy"), CARD, EngineOptions())
-    assert alone.read == pytest.approx(whole.read, rel=0.02)  # g_idx, and the type of the scales, are not in a config
+    assert alone.read == pytest.approx(whole.read, rel=0.05)  # no g_idx, scales of another type: little
     bits = 4 if " 4" in f" {kind}" or "w4" in kind or kind == "awq" else 8
     layers = alone.read - 512 * 256 * 2
     assert layers == pytest.approx(layer_weights(alone.config) * bits / 8, rel=0.35)
