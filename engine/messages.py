@@ -78,6 +78,9 @@ class LedgerSnapshot(msgspec.Struct, frozen=True, array_like=True):
     tokens: dict[str, int]  # of finished requests: prompt (uncached), cached_prompt, decode
 
 
+STEP_SIZES = (1, 8, *(16 << i for i in range(11)))  # tokens of a step: vLLM's buckets, without that for more
+
+
 class EngineStats(msgspec.Struct, kw_only=True):
     """A snapshot for /metrics, /load and /health; counters only grow while the process lives."""
 
@@ -91,6 +94,8 @@ class EngineStats(msgspec.Struct, kw_only=True):
     prompt_tokens: int = 0
     generation_tokens: int = 0
     steps: int = 0
+    scheduled_tokens: int = 0  # prompts' and generated ones
+    step_sizes: list[int] = msgspec.field(default_factory=lambda: [0] * (len(STEP_SIZES) + 1))  # steps by their tokens
     ledger: LedgerSnapshot | None = None
 
 

@@ -41,10 +41,18 @@ def page(spec: Json) -> str:
     lines += ["", "| response header | |", "|:--|:--|"]
     headers = {name: header["description"] for reply in some.values() for name, header in reply["headers"].items()}
     lines += [_row(f"`{name}`", about) for name, about in headers.items()]
+    lines += ["", "| API key | |", "|:--|:--|"]
+    lines += [_row(f"`{name}`", _scheme(scheme)) for name, scheme in spec["components"]["securitySchemes"].items()]
     lines += ["", "## Objects", "", "In requests `null` stands for the default."]
     for name, schema in sorted(spec["components"]["schemas"].items(), key=lambda entry: entry[0].lower()):
         lines += ["", f"### {name}", "", *_object(schema)]
     return "\n".join(lines) + "\n"
+
+
+def _scheme(scheme: Json) -> str:
+    if scheme["type"] == "http":
+        return f"`Authorization: {scheme['scheme'].title()} KEY`, {scheme['description']}"
+    return f"`{scheme['name']}: KEY`"
 
 
 def _bodies(operation: Json) -> tuple[str, str]:

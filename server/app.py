@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from engine.checkpoint.tokenizer import Tokenizer
 from engine.core.client import EngineClient
 from server import chat, completions, docs_route, errors, openapi, responses, status, text_routes, web_page
+from server.host_check import HostCheck, host_names
 from server.keys import ApiKeys, KeyCheck
 from server.middleware import Envelope
 from server.service import Service
@@ -19,8 +20,11 @@ from server.settings import ServerSettings
 from server.version import version
 
 
-def api(lifespan: Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]] | None = None) -> FastAPI:
-    """All routes and their description (FastAPI.openapi), without the service that they need to answer."""
+def api(
+    lifespan: Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]] | None = None, wants_key: bool = False
+) -> FastAPI:
+    """All routes and their description (FastAPI.openapi), without the service that they need to answer. wants_key: in
+    the description; server.keys asks for it."""
     app = FastAPI(
         title="Fen",
         version=version(),
@@ -42,7 +46,7 @@ def api(lifespan: Callable[[FastAPI], contextlib.AbstractAsyncContextManager[Non
     ):
         app.include_router(router)
     errors.install(app)
-    openapi.describe(app)
+    openapi.describe(app, wants_key)
     return app
 
 
@@ -55,9 +59,11 @@ def create_app(
     model: str,
     start: Callable[[], Coroutine[Any, Any, object]] | None = None,
     keys: Sequence[str] = (),
+    loopback: bool = False,
 ) -> FastAPI:
     """`model`: the name to serve under unless the settings give one. `start`: run in the background once the port is
     open; default: `client.start`. The engine stops with the app. `keys`: of which callers need one; none: open to all.
+    `loopback`: only this machine can connect, so that without keys its browsers are what has to be kept out.
     """
     service = Service(client, tokenizer, chat_template, settings, model, ApiKeys(keys))
 
@@ -66,7 +72,7 @@ def create_app(
         async with service.running(start or client.start):
             yield
 
-    app = api(lifespan)
+    app = api(lifespan, wants_key=bool(keys))
     app.state.service = service
     app.add_middleware(KeyCheck, keys=service.keys)
     if settings.cors_origins:
@@ -77,5 +83,8 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-ignored-params"],
         )
+    names = host_names(settings.allowed_hosts) | {settings.host.lower()}
+    if settings.allowed_hosts or (loopback and not keys):
+        app.add_middleware(HostCheck, names=names)
     app.add_middleware(Envelope, done=service.answered)
     return app

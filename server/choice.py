@@ -85,13 +85,14 @@ class Choice:
         now = time.monotonic()
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
-        if not output.tokens:
+        if not output.tokens and self.params.max_tokens:
             return
         if self.started is None:
             self.started = now
             self.cached_tokens = output.cached_tokens
             self.queue_seconds = output.queue_seconds
-            self.service.metrics.first_token.observe(now - self.arrival)
-        else:
+            if output.tokens:
+                self.service.metrics.first_token.observe(now - self.arrival)
+        elif output.tokens:
             self.service.metrics.inter_token.observe((now - self.ended) / len(output.tokens))
         self.ended = now

@@ -52,8 +52,6 @@ class CompletionShape:
         return self._choice(choice.index, text, logprobs)
 
     def chunk(self, choice: Choice, delta: TextDelta) -> Json | None:
-        if self.body.max_tokens == 0:  # echo alone; the one token that the engine made is not part of the reply
-            return self._choice(choice.index, "", None, "length") if delta.finish_reason else None
         logprobs = None
         if self.body.logprobs is not None and delta.logprobs:
             shift = self.shift.get(choice.index, 0)

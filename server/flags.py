@@ -116,6 +116,14 @@ SERVER: dict[str, Any] = {
         str | None,
         typer.Option(metavar="FILE", help="API keys, one a line; callers must send one of them. Default: open to all."),
     ],
+    "allowed_hosts": Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME",
+            help="A name that clients call this server by, beside addresses and localhost; * is any. "
+            "Default: any, but none on a loopback address without API keys.",
+        ),
+    ],
     "cors_origins": Annotated[
         list[str], typer.Option(metavar="ORIGIN", help="A web origin that may call; may be given several times.")
     ],

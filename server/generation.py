@@ -205,7 +205,7 @@ class Generation(Response):
         """Every prompt counts once, however many choices it has."""
         firsts = choices[:: self.asked.n] if len(choices) > 1 else choices
         prompt = sum(len(choice.prompt) for choice in firsts)
-        completion = sum(self.generated(choice) for choice in choices)
+        completion = sum(choice.completion_tokens for choice in choices)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -215,9 +215,6 @@ class Generation(Response):
 
     def cost(self, choices: list[Choice]) -> Json:
         return reply_cost((choice.device_seconds for choice in choices), *self.service.price())
-
-    def generated(self, choice: Choice) -> int:
-        return 0 if self.asked.limit() == 0 else choice.completion_tokens
 
     def timing(self, choices: list[Choice]) -> Json | None:
         """Under vLLM's names. Of several choices: the first token of any, the end of the last."""

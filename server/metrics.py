@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,11 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from bench.prices import per_million
+from engine.messages import STEP_SIZES
 
 if TYPE_CHECKING:
     from server.choice import Choice
@@ -131,6 +133,11 @@ class EngineCollector(Collector):
             "prompt_tokens": ("Prompt tokens processed.", stats.prompt_tokens),
             "generation_tokens": ("Tokens generated.", stats.generation_tokens),
         }
+        bounds = [*(str(float(bound)) for bound in STEP_SIZES), "+Inf"]
+        buckets = list(zip(bounds, itertools.accumulate(stats.step_sizes), strict=True))
+        steps = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens of a step.", labels=["model_name"])
+        steps.add_metric(name, buckets, stats.scheduled_tokens)
+        yield steps
         log = self.service.log
         ours = {
             "engine_restarts": ("Engine processes that were replaced.", getattr(self.service.client, "restarts", 0)),

@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 from server import responses_body
 from server.body import REFUSED, WITHOUT_EFFECT, Body
+from server.keys import PUBLIC
 from server.replies import ErrorReply, Reply
 
 Json = dict[str, Any]
@@ -30,13 +31,19 @@ and so does a field that the body lists below):
 {", ".join(f"`{name}`" for name in sorted(responses_body.REFUSED))}.
 
 Every error is `{{"error": {{"message", "type", "param", "code"}}}}`, with a 4xx or 5xx status wherever the reply
-has not begun, else as the last event before `data: [DONE]`. HEAD works on every GET route."""
+has not begun, else as the last event before `data: [DONE]`. HEAD works on every GET route.
+
+A server with API keys wants one on every route but {", ".join(f"`GET {path}`" for path in sorted(PUBLIC))}."""
+SECURITY: Json = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "as OpenAI's clients send it"},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+}
 ERRORS: dict[int | str, Json] = {
     "4XX": {
         "model": ErrorReply,
         "description": "The request is at fault: 400 a field, 401 the key, 404 model or route, 405 the method, "
-        "408 a body that stopped coming, 413 one over 8 MiB, 415 its Content-Type, 429 a full queue, 431 too many "
-        "headers.",
+        "408 a body that stopped coming, 413 one over 8 MiB, 415 its Content-Type, 421 its Host, 429 a full queue, 431 "
+        "too many headers.",
     },
     "5XX": {
         "model": ErrorReply,
@@ -60,7 +67,7 @@ def reply_or_events(reply: type[BaseModel], *events: type[BaseModel], done: bool
     return {200: {"model": reply, "content": {"text/event-stream": {"itemSchema": item}}}}
 
 
-def describe(app: FastAPI) -> None:
+def describe(app: FastAPI, wants_key: bool) -> None:
     """Make `app` answer /openapi.json with the bounds of integers exact, and events and headers described too."""
 
     def openapi() -> Json:
@@ -79,6 +86,11 @@ def describe(app: FastAPI) -> None:
             for operations in spec["paths"].values():
                 for operation in operations.values():
                     _add_headers(operation)
+            spec["components"]["securitySchemes"] = SECURITY
+            if wants_key:
+                spec["security"] = [{name: []} for name in SECURITY]
+                for path in PUBLIC & spec["paths"].keys():
+                    spec["paths"][path]["get"]["security"] = []
             app.openapi_schema = spec
         return app.openapi_schema
 

@@ -95,7 +95,7 @@ class GenerationBody(Sampling):
             if (worst := max(ids, default=0)) >= vocab_size:
                 raise RequestError(f"{name}: token id {worst} is outside the vocabulary (0 to {vocab_size - 1})", name)
         return SamplingParams(
-            max_tokens=max(max_tokens, 1),  # 0 is echo alone: the reply drops that token
+            max_tokens=max_tokens,
             min_tokens=self.min_tokens,
             temperature=self.temperature,
             top_p=self.top_p,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import os
 import resource
 import socket
@@ -62,6 +63,7 @@ def serve(settings: ServerSettings) -> None:
             model=checkpoint.name,
             start=start,
             keys=keys,
+            loopback=ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback,
         )
         service: Service = app.state.service
         service.log = writer

@@ -24,6 +24,7 @@ class ServerSettings(msgspec.Struct, kw_only=True):
     log_format: str = "text"  # "text" | "json"
     log_file: str | None = None  # default: standard error
     api_key_file: str | None = None  # a key a line; FEN_API_KEYS and FEN_API_KEY add to it
+    allowed_hosts: list[str] = []  # names it is called by; "*" is any. Empty: see server.host_check
     cors_origins: list[str] = []  # empty: no CORS headers
     price: str | None = None  # US$ per device-hour, or a device of seeds/prices.toml; default: by the GPU's name
     engine: EngineOptions = msgspec.field(default_factory=EngineOptions)

@@ -30,7 +30,9 @@ MAX_FAILURES = 3  # starts in a row that did not become ready, after which the e
 STEP_SECONDS = 4.5
 STEP_FORECASTS = 9.0
 PREPARING_SECONDS = 600.0  # for compiling kernels and capturing graphs
-COUNTERS = ("prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "steps")
+COUNTERS = (
+    "prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "scheduled_tokens", "steps",
+)  # fmt: skip
 
 log = logging.getLogger("fen.engine")
 OnLoading = Callable[[str, float], None]
@@ -346,7 +348,8 @@ class EngineClient:
 
 def _add_totals(stats: EngineStats, past: EngineStats) -> EngineStats:
     totals = {name: getattr(stats, name) + getattr(past, name) for name in COUNTERS}
-    return msgspec.structs.replace(stats, ledger=joined(past.ledger, stats.ledger), **totals)
+    step_sizes = [sum(pair) for pair in zip(stats.step_sizes, past.step_sizes, strict=True)]
+    return msgspec.structs.replace(stats, ledger=joined(past.ledger, stats.ledger), step_sizes=step_sizes, **totals)
 
 
 def _age(stats: EngineStats) -> tuple[int, float]:

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 import msgspec
 
 from engine.errors import CapacityError, RequestError
-from engine.messages import EngineStats, Request
+from engine.messages import STEP_SIZES, EngineStats, Request
 from engine.scheduling.block_pool import BlockPool, block_hash, root_hash
 from engine.scheduling.sequence import Sequence, State
 
@@ -177,6 +177,7 @@ class Scheduler:
             running=len(self._running),
             waiting=self._num_waiting,
             blocks_used=self.pool.num_blocks - self.pool.num_free,
+            step_sizes=list(self._stats.step_sizes),
         )
 
     # A step.
@@ -195,6 +196,8 @@ class Scheduler:
         step.chunks.sort(key=lambda chunk: chunk.length > 1)
         step.num_decodes = sum(chunk.length == 1 for chunk in step.chunks)
         self._stats.steps += 1
+        self._stats.scheduled_tokens += step.num_tokens
+        self._stats.step_sizes[bisect_left(STEP_SIZES, step.num_tokens)] += 1
         self._in_flight.append(step)
         return step
 

@@ -51,11 +51,13 @@ def ask(
     template: str = "x",
     cors: str = "",
     keys: Sequence[str] = (),
+    hosts: Sequence[str] = (),
+    loopback: bool = False,
     **fields: Any,
 ) -> httpx.Response:
     """One request; `fields` as httpx takes them."""
-    settings = ServerSettings(cors_origins=[cors] if cors else [])
-    app = create_app(engine, tokenizer, settings, chat_template=template, model="m", keys=keys)
+    settings = ServerSettings(cors_origins=[cors] if cors else [], allowed_hosts=list(hosts))
+    app = create_app(engine, tokenizer, settings, chat_template=template, model="m", keys=keys, loopback=loopback)
 
     async def send() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:

@@ -24,21 +24,27 @@ def test_echoed_logprobs_are_those_of_a_direct_forward(random_checkpoint: Callab
     live = LiveServer(settings(str(folder), {"dtype": "float32", "max_model_len": 256}))
     try:
         ids = live.http.post("/tokenize", json={"prompt": TEXT}).json()["tokens"]
-        reply = live.complete(TEXT, max_tokens=0, echo=True, logprobs=5).json()
+        whole = (ids * 10)[:256]  # the whole context
+        ask = {"max_tokens": 0, "echo": True, "logprobs": 5}
+        replies = [live.complete(prompt, **ask).json() for prompt in (TEXT, whole)]
+        streamed = joined(list(live.stream("/v1/completions", prompt=whole, **ask)))
+        generated = live.metric("vllm:generation_tokens_total")
     finally:
         assert live.stop() == 0
-    (choice,) = reply["choices"]
-    assert choice["text"] == TEXT and len(ids) > 30
-    assert reply["usage"]["prompt_tokens"] == len(ids) and reply["usage"]["completion_tokens"] == 0
+    assert generated == 0 and len(ids) > 30 and replies[0]["choices"][0]["text"] == TEXT
+    assert streamed == replies[1]["choices"][0]["text"]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    logprobs = choice["logprobs"]
-    assert logprobs["token_logprobs"][0] is None
-    said = expected[range(len(ids) - 1), ids[1:]].tolist()
-    assert logprobs["token_logprobs"][1:] == pytest.approx(said, abs=1e-4)
-    for row, top in zip(expected, logprobs["top_logprobs"][1:], strict=False):
-        assert sorted(top.values(), reverse=True)[:5] == pytest.approx(row.topk(5).values.tolist(), abs=1e-4)
+    for reply, prompt in zip(replies, (ids, whole), strict=True):
+        assert reply["usage"]["prompt_tokens"] == len(prompt) and reply["usage"]["completion_tokens"] == 0
+        assert reply["choices"][0]["finish_reason"] == "length" and reply["metrics"]["time_to_first_token_ms"] > 0
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        logprobs = reply["choices"][0]["logprobs"]
+        assert logprobs["token_logprobs"][0] is None
+        said = expected[range(len(prompt) - 1), prompt[1:]].tolist()
+        assert logprobs["token_logprobs"][1:] == pytest.approx(said, abs=1e-4)
+        for row, top in zip(expected, logprobs["top_logprobs"][1:], strict=False):
+            assert sorted(top.values(), reverse=True)[:5] == pytest.approx(row.topk(5).values.tolist(), abs=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,11 @@ import pytest
 from engine.checkpoint import Tokenizer
 from engine.errors import FenError
 from engine.messages import Output
+from server.app import api
 from server.keys import ApiKeys, read_keys
 from tests.server.live import LiveServer, settings
 from tests.server.scripted import ScriptedEngine, ask
+from tests.server.test_bad_requests import check_error
 from tests.server.test_cli import fen_process, one_sentence
 
 ADA, BOB = "sk-ada-0123456789", "sk-bob-0123456789"
@@ -96,6 +98,14 @@ def test_the_terminal_sends_the_key_of_its_environment(guarded: LiveServer) -> N
     assert refused.returncode == 1 and "401" in one_sentence(refused.stderr)
 
 
+def test_the_description_says_that_a_key_is_wanted(guarded: LiveServer) -> None:
+    spec = guarded.http.get("/openapi.json", headers=bearer(ADA)).json()
+    assert {name for way in spec["security"] for name in way} == spec["components"]["securitySchemes"].keys()
+    public = {path for path, operations in spec["paths"].items() if operations.get("get", {}).get("security") == []}
+    assert public == {path for path in spec["paths"] if httpx.get(guarded.url + path).status_code == 200}
+    assert "security" not in api().openapi()
+
+
 def test_a_salt_belongs_to_key_and_server() -> None:
     keys = ApiKeys([ADA, BOB])
     salts = {keys.cache_salt({"fen.key": place}, asked) for place in (1, 2) for asked in ("", "a", "b")}
@@ -114,6 +124,51 @@ def test_a_browser_may_ask_before_it_has_a_key(tokenizer: Tokenizer) -> None:
         engine, tokenizer, "POST", "/v1/completions", headers={"Origin": "https://a.example"}, json={}, **ask_with
     )
     assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://a.example"
+
+
+# Which names a server answers to
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/v1/nothing", "/openapi.json"])
+def test_a_page_that_rebinds_its_name_is_turned_away(server: LiveServer, path: str) -> None:
+    error = check_error(server.http.get(path, headers={"Host": "rebind.example:8000"}), 421, None)
+    assert error["code"] == "unknown_host" and "rebind.example" in error["message"]
+    assert "--allowed-hosts" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("127.0.0.1", 200), ("127.0.0.1:8000", 200), ("10.1.2.3:80", 200), ("[::1]:8000", 200), ("[fe80::1]", 200),
+        ("localhost", 200), ("LOCALHOST.:8000", 200), ("fen.localhost", 200),
+        ("", 421), ("localhost.example", 421), ("127.0.0.1.example", 421), ("nolocalhost", 421),
+        ("localhost@a.example", 421), ("[a.example]", 421), ("127.0.0.1:80:80", 421), ("127.1", 421), ("a" * 3000, 421),
+        ("\x7f", 421),
+    ],
+)  # fmt: skip
+def test_addresses_and_localhost_pass(server: LiveServer, name: str, status: int) -> None:
+    response = server.http.get("/health", headers=[("Host", name)])
+    assert response.status_code == status, response.text
+    assert len(response.content) < 1024
+
+
+def test_other_names_have_to_be_allowed(tokenizer: Tokenizer) -> None:
+    def status(name: str, **how: Any) -> int:
+        return ask(ScriptedEngine(), tokenizer, "GET", "/v1/models", headers={"Host": name}, **how).status_code
+
+    assert status("a.example", loopback=True) == 421 and status("a.example", loopback=True, keys=[ADA]) == 401
+    assert status("a.example") == 200  # on a network there are names that nobody told us of
+    hosts = ["A.example.", "b.example"]
+    assert [status(f"{name}.example:80", hosts=hosts, loopback=True) for name in "abc"] == [200, 200, 421]
+    assert [status(f"{name}.example:80", hosts=hosts) for name in "abc"] == [200, 200, 421]
+    assert status("c.example", hosts=hosts, keys=[ADA]) == 421
+    assert status("c.example", hosts=["*"], loopback=True) == 200
+
+
+@pytest.mark.parametrize("name", ["http://a.example", "a.example:80", "*.a.example", "a b", ".", ""])
+def test_a_name_that_no_host_can_have(tokenizer: Tokenizer, name: str) -> None:
+    with pytest.raises(FenError, match="--allowed-hosts"):
+        ask(ScriptedEngine(), tokenizer, "GET", "/health", hosts=[name])
 
 
 # Where keys come from

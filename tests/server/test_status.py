@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def test_metrics_count_requests(server: LiveServer) -> None:
         "vllm:num_requests_waiting": 0,
         "vllm:kv_cache_usage_perc": 0,
         "vllm:num_preemptions_total": 0,
+        "vllm:iteration_tokens_total_sum": 16,  # of the prompts, and all but the last that is generated
+        "vllm:iteration_tokens_total_count": 8,
     }
     before = {name: server.metric(name) for name in names}
     for _ in range(2):
@@ -59,6 +62,10 @@ def test_metrics_count_requests(server: LiveServer) -> None:
     text = server.http.get("/metrics").text
     assert 'vllm:request_success_total{finished_reason="length",model_name="smollm2"}' in text
     assert 'vllm:time_to_first_token_seconds_bucket{le="0.001",model_name="smollm2"}' in text
+    sizes = re.findall(r'vllm:iteration_tokens_total_bucket{le="(.*?)",model_name="smollm2"} (.*)', text)
+    bounds = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, math.inf]
+    assert [float(bound) for bound, _ in sizes] == bounds
+    assert float(sizes[-1][1]) == server.metric("vllm:iteration_tokens_total_count")
 
 
 def test_tokenize_and_back(server: LiveServer) -> None:
