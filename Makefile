@@ -94,9 +94,10 @@ $(DEV): $(RUN_TIME)
 	$(PIP_INSTALL) '.[dev]'
 	@touch $@
 
-$(CLIENTS)/installed: tests/clients/requirements.txt $(RUN_TIME)
+$(CLIENTS)/installed: tests/clients/requirements.txt tests/clients/constraints.txt $(RUN_TIME)
 	@$(CLIENTS)/bin/python -m pip --version >/dev/null 2>&1 || $(PY) -m venv --clear $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install $(if $(CI),--quiet) --disable-pip-version-check --requirement $<
+	$(CLIENTS)/bin/python -m pip install $(if $(CI),--quiet) --disable-pip-version-check --requirement $< \
+		--constraint tests/clients/constraints.txt
 	@touch $@
 
 $(FUZZ): $(DEV)

@@ -52,7 +52,7 @@ def run(url: str, tmp_path: Path) -> Run:
 def node_modules() -> None:
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("needs node and npm")
-    command = ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund", "--silent"]
+    command = ["npm", "ci", "--no-audit", "--no-fund", "--silent"]
     subprocess.run(command, cwd=HERE / "node", check=True, timeout=600)
 
 
