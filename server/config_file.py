@@ -43,6 +43,8 @@ def _entry(ctx: typer.Context, path: str, key: str, value: Any) -> tuple[str, An
         raise typer.BadParameter(f"{path}: there is no option {key!r}; the nearest is {near[0]!r}")
     if isinstance(value, str) and fields[name].type == list[str]:
         value = [value]
+    if name == "price" and type(value) in (int, float):  # or the name of a device
+        value = str(value)
     try:
         value = msgspec.convert(value, fields[name].type)
         options[name].process_value(ctx, value)

@@ -74,6 +74,11 @@ def test_the_command_line_wins_over_the_environment_over_the_file(serve: Any) ->
     assert serve('served-model-name = "a"', FEN_SERVED_MODEL_NAME="b,c").served_model_name == ["b", "c"]
 
 
+def test_a_price_is_a_number_or_a_name(serve: Any) -> None:
+    assert serve("price = 2.5").price == "2.5" and serve("price = 'h200'").price == "h200"
+    assert "price" in serve("price = true")
+
+
 def test_every_option_has_a_variable(serve: Any) -> None:
     samples = {
         "load_format": "dummy",
