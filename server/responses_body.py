@@ -138,6 +138,12 @@ class ResponsesRequest(Sampling):
     truncation: Literal["disabled"] = "disabled"
     stream_options: ResponsesStreamOptions | None = None
 
+    @model_validator(mode="after")
+    def _agree(self) -> ResponsesRequest:
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is only allowed with stream: true", "stream_options")
+        return self
+
     def chat(self) -> ChatCompletionRequest:
         """The same as a chat completion. Raises RequestError or RequestValidationError in this body's names."""
         fields = {name: getattr(self, name) for name in self.model_fields_set & Sampling.model_fields.keys()}

@@ -219,6 +219,7 @@ def test_a_failure_is_the_last_event(tokenizer: Tokenizer) -> None:
         ({"temperature": 3}, "temperature"),
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"truncation": "auto"}, "truncation"),
+        ({"stream_options": {}}, "stream_options"),
         ({"include": ["file_search_call.results"]}, "include[0]"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
