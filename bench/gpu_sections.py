@@ -173,6 +173,7 @@ def ladder(shape: str) -> Run:
 
         from bench import ladder as cost
         from bench.ladder_workload import load
+        from engine.errors import FenError
 
         path, whole = folder / f"ladder_{shape}.json", load()
         if dry:
@@ -181,12 +182,16 @@ def ladder(shape: str) -> Run:
             whole = msgspec.structs.replace(whole, workload=work, cpu=whole.gpu)
         model, load_format = _models(dry, folder, [shape])[-1]
         device, threads = ("cpu", 1) if dry else ("cuda", None)
-        cost.run(model, load_format, device, threads, None, path, path.exists(), whole, small=dry)
-        rungs = results.load(path, cost.KIND).data["rungs"]
+        stopped: list[Result] = []
+        try:
+            cost.run(model, load_format, device, threads, None, path, path.exists(), whole, small=dry)
+        except FenError as error:  # a model that does not fit this GPU in 16 bits, for one
+            stopped.append({"name": f"ladder {shape}", "not_run": str(error)})
+        rungs = results.load(path, cost.KIND).data["rungs"] if path.exists() else []
         rows = [{"name": f"ladder {shape} {i}, {rung['name']}", "cut": rung["cut"],
                  "usd_per_million": rung["usd_per_million"], "tokens_per_second": rung["tokens_per_second"]}
                 for i, rung in enumerate(rungs, 1)]  # fmt: skip
-        yield {"rows": rows}
+        yield {"rows": rows + stopped}
 
     return run
 
