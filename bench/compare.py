@@ -167,20 +167,24 @@ def rows_of(result: results.Result) -> list[Row]:
 
 def conditions(result: results.Result) -> str:
     """One paragraph: what the figures of the table are of."""
-    data = result.data
-    money = ""
+    data, money = result.data, ""
+    others = data["others_cpu_share"]
+    busy = ""
+    if others is not None:  # it is counted on Linux
+        meaning = ", so speeds and US$ of this run mean little" if others > 0.1 else ""
+        busy = f" Other processes used {others:.0%} of the CPUs{meaning}."
     if result.price:
         money = (
             f" US$ per million tokens at {result.price.usd_per_device_hour:g} a device-hour ({result.price.name}, "
             f"{result.price.date}, {result.price.source}): the blend of three prompt tokens to one of the answer, with "
-            f"{data['batch']} streams busy and utilisation 100%."
+            f"{data['batch']} streams busy (basis busy, utilisation 100%)."
         )
     return (
         f"{result.model} ({result.quantization}) is the reference, on {result.device}, "
-        f"{data['threads']} threads. Quality: of {data['tokens']:,} tokens of the text, in windows of "
-        f"{data['window']:,}. Speed, tokens a second: a prompt of {data['prompt_tokens']} tokens, then "
-        f"{data['new_tokens']} of the answer, alone and {data['batch']} together; the best of {REPETITIONS}.{money} "
-        f"Other processes used {data['others_cpu_share']:.0%} of the CPUs."
+        f"{data['threads']} thread{'s' * (data['threads'] > 1)}. Quality: of {data['tokens']:,} tokens of the text, "
+        f"in windows of {data['window']:,}. Speed, tokens a second: a prompt of {data['prompt_tokens']} tokens, then "
+        f"{data['new_tokens']} of the answer, alone and {data['batch']} together; the best of "
+        f"{REPETITIONS}.{money}{busy}"
     )
 
 

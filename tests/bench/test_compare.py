@@ -82,6 +82,7 @@ def test_the_readme_shows_what_was_measured() -> None:
     nearest, calibrated = ([row for row in rows if f"-{method}-" in row.name] for method in ("rtn", "gptq"))
     for plain, better in zip(nearest, calibrated, strict=True):
         assert better.kl_nats < plain.kl_nats and better.perplexity < plain.perplexity
+        assert f"{better.kl_nats / plain.kl_nats:.0%} in groups of {plain.name[-2:]}" in readme
     assert len(nearest) == 2 and {"w8a16", "w8a8", "fp8"} < {row.name for row in rows}
 
 
