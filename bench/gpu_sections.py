@@ -107,14 +107,17 @@ def step(dry: bool, folder: Path) -> Iterator[Result]:
 
 
 def graph_equals_eager(dry: bool, folder: Path) -> Iterator[Result]:
-    """The same prompts with and without CUDA graphs: the same tokens, and the same bits of their log-probabilities."""
+    """The same prompts with and without CUDA graphs, one of them under a grammar: the same tokens, and the same bits of
+    their log-probabilities."""
     rows: list[Result] = []
     for model, load_format in _models(dry, folder, ("smollm2-135m",)):
         try:
             texts = []
             for eager in (True, False):
                 engine = _engine(model, load_format, dry, eager)
-                texts.append(_greedy(engine, [5, 64, 130, 1, 33], 8 if dry else 48))
+                new = 8 if dry else 48
+                free = _greedy(engine, [5, 64, 130, 1, 33], new)
+                texts.append(free + _greedy(engine, [9], new, grammar="start: /[a-z ]*/"))
                 del engine
                 _free()
             same = [a == b for a, b in zip(*texts, strict=True)]
@@ -238,11 +241,11 @@ def _prompt(length: int, seed: int, vocab: int) -> list[int]:
     return [(7919 * (i + 1) + 104729 * (seed + 1)) % (vocab - 1) + 1 for i in range(length)]
 
 
-def _greedy(engine: Any, lengths: list[int], new: int) -> list[tuple[int, float]]:
+def _greedy(engine: Any, lengths: list[int], new: int, grammar: str = "") -> list[tuple[int, float]]:
     """Tokens and log-probabilities of prompts that run together, one prompt after another."""
     from engine.messages import Request, SamplingParams
 
-    params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, logprobs=0)
+    params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, logprobs=0, grammar=grammar)
     found: dict[str, list[tuple[int, float]]] = {f"p{i}": [] for i in range(len(lengths))}
     for i, length in enumerate(lengths):
         prompt = _prompt(length, i, engine.info.vocab_size)
