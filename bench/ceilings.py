@@ -59,7 +59,8 @@ class Ceilings:
 
     def floor(self, num_bytes: float, flops: float, dtype: str) -> tuple[float, str]:
         """Seconds that no implementation can be faster than, and which limit that is: "memory" or "compute"."""
-        by_bytes, by_flops = num_bytes / self.bandwidth, flops / self.rates[dtype]
+        by_bytes = num_bytes / self.bandwidth
+        by_flops = flops / self.rates[dtype] if dtype in self.rates else 0.0  # 8 bits: not every device has a rate
         return (by_bytes, "memory") if by_bytes >= by_flops else (by_flops, "compute")
 
 
@@ -80,6 +81,22 @@ def measure_ceilings(device: torch.device, small: bool = False) -> Ceilings:
         rates[str(dtype).removeprefix("torch.")] = (
             2.0 * side**3 / graph_time([functools.partial(torch.mm, a, b, out=out)], 0.2).median
         )
+    rates |= _eight_bit_rates(device, side)
     return Ceilings(
         2 * num_bytes / copy.median, rates, f"copy of {num_bytes >> 30} GiB, read and written; products of {side}"
     )
+
+
+def _eight_bit_rates(device: torch.device, side: int) -> dict[str, float]:
+    """Of torch's int8 and float8 products, where the device has them."""
+    one, found = torch.ones((), device=device), {}
+    scaled = functools.partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    products: dict[torch.dtype, Callable[..., object]] = {torch.int8: torch._int_mm, torch.float8_e4m3fn: scaled}
+    for dtype, product in products.items():
+        a, b = (torch.randint(-9, 9, (side, side), device=device).to(dtype) for _ in range(2))
+        try:
+            seconds = graph_time([functools.partial(product, a, b.t())], 0.2).median
+        except (RuntimeError, ValueError):
+            continue
+        found[str(dtype).removeprefix("torch.")] = 2.0 * side**3 / seconds
+    return found

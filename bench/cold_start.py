@@ -4,6 +4,11 @@ The clock starts with the process and stops with the first piece of text of a st
 soon as /ready says so. Memory is read from /proc while the server starts, answers that request and then a long prompt
 beside eight short ones: the sum of the resident sets of all its processes (pages that two of them share count twice),
 and the sum of their proportional sets (shared pages counted once).
+
+The stages of the engine's start come from the server's log: libraries (the imports), checkpoint (its header and
+tokenizer), device, weights (read, packed and, on a GPU, copied), kernels (Triton's, compiled or read from its cache),
+warm-up, calibration (of the roofline). What is left of the time until /ready is the front end's and the processes'.
+CUDA graphs are captured while serving, as batches of a size come for the second time.
 """
 
 from __future__ import annotations
@@ -15,9 +20,11 @@ import os
 import signal
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from bench import results
 from bench.local_server import free_port, start, stop, wait_ready
@@ -25,6 +32,11 @@ from bench.report import markdown_table, median_and_spread
 
 SAMPLE_SECONDS = 0.05
 FIRST_TOKEN_TARGET = 8.0  # seconds
+# What each stage may take of them, for the default model on a CPU.
+STAGES = {
+    "front end": 2.0, "libraries": 2.5, "checkpoint": 0.5, "device": 0.2, "weights": 1.5, "warm-up": 0.5,
+    "calibration": 0.5,
+}  # fmt: skip
 MEMORY_TARGET = 1e9  # bytes
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -100,8 +112,13 @@ def complete(port: int, prompt: str, max_tokens: int) -> float:
     return first
 
 
-def measure(arguments: list[str]) -> dict[str, float]:
-    """One start of `fen serve` with `arguments` added. Seconds and bytes by name. Raises RuntimeError."""
+def measure(arguments: list[str]) -> dict[str, Any]:
+    """One start of `fen serve` with `arguments` added: seconds, bytes and stages. Raises RuntimeError."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _measure([*arguments, "--log-file", f"{folder}/log", "--log-format", "json"], Path(folder, "log"))
+
+
+def _measure(arguments: list[str], log: Path) -> dict[str, Any]:
     port = free_port()
     started = time.monotonic()
     process = start(arguments, port)
@@ -110,6 +127,7 @@ def measure(arguments: list[str]) -> dict[str, float]:
     try:
         ready = wait_ready(port, process)
         first = complete(port, "The capital of France is", 16)
+        stages = stages_of(log.read_text(encoding="utf-8"))
         prompts = ["word " * 1500, *("Tell me about the sea." for _ in range(8))]
         threads = [threading.Thread(target=complete, args=(port, prompt, 64)) for prompt in prompts]
         for thread in threads:
@@ -125,11 +143,18 @@ def measure(arguments: list[str]) -> dict[str, float]:
         "resident_bytes": watch.resident,
         "proportional_bytes": watch.proportional,
         "processes": watch.processes,
+        "stages": {"front end": ready - started - sum(stages.values())} | stages,
     }
 
 
-def render(runs: list[dict[str, float]]) -> str:
-    """The runs as a markdown table with the targets."""
+def stages_of(log: str) -> dict[str, float]:
+    """Seconds by stage, of the line "ready" in a server's log in JSON."""
+    lines = [json.loads(line) for line in log.splitlines()]
+    return next((line["stages"] for line in lines if "stages" in line), {})
+
+
+def render(runs: list[dict[str, Any]]) -> str:
+    """The runs as a markdown table with the targets, then the stages of the time until /ready."""
 
     def row(name: str, key: str, scale: float, unit: str, target: float | None) -> list[str]:
         values = [run[key] / scale for run in runs]
@@ -139,7 +164,14 @@ def render(runs: list[dict[str, float]]) -> str:
             wanted = f"below {target / scale:g} {unit}: {state}"
         return [name, f"{median_and_spread(values, 1 if unit == 's' else 0)} {unit}", wanted]
 
-    return markdown_table(
+    def stage(name: str) -> list[str]:
+        values = [run["stages"].get(name, 0.0) for run in runs]
+        budget = STAGES.get(name)
+        state = "" if budget is None else "kept" if statistics.median(values) <= budget else "exceeded"
+        return [name, f"{median_and_spread(values, 2)} s", f"{budget:g} s: {state}" if budget is not None else ""]
+
+    names = dict.fromkeys(name for run in runs for name in run["stages"])
+    whole = markdown_table(
         ["", "measured", "wanted"],
         [
             row("ready", "ready_seconds", 1, "s", None),
@@ -148,6 +180,7 @@ def render(runs: list[dict[str, float]]) -> str:
             row("peak memory, shared pages once", "proportional_bytes", 1e6, "MB", None),
         ],
     )
+    return whole + "\n\n" + markdown_table(["stage", "measured", "budget"], [stage(name) for name in names])
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from bench.report import markdown_table, write_json
 Result = dict[str, Any]
 RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = "parts"  # folder of what each section has left; gpu.json holds all of it
-CHECKERS = {"w4": 4, "attention": 8, "other": 2}  # processes that compile and check side by side
+CHECKERS = {"w4": 4, "w8": 3, "attention": 8, "other": 2}  # processes that compile and check side by side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def sections(dry: bool) -> list[Section]:
         for i in range(count)
     ]
     timings = [Section(f"time {family}", timing(family), limit) for family, limit in
-               (("w4", 110), ("attention", 70), ("other", 50))]  # fmt: skip
+               (("w4", 110), ("attention", 70), ("w8", 50), ("other", 50))]  # fmt: skip
     return [
         Section("machine", machine, 60),
         Section("ceilings", ceilings, 30),

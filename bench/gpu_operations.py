@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from bench import attention_operations
+from bench import attention_operations, eight_bit_operations
 from bench.kernel_cases import FORMATS, Case
 from bench.operations import Operation, Place, Prepare, Rounding, add_baseline, elementwise, largest, relative
 from bench.timing import Call, copies
@@ -342,6 +342,8 @@ def logprobs(case: Case, place: Place) -> Operation:
 KERNELS: dict[str, Prepare] = {
     "w4a16": w4a16,
     "dequant_w4": dequant_w4,
+    "w8a16": eight_bit_operations.prepare,
+    "w8a8": eight_bit_operations.prepare,
     "decode": attention_operations.decode,
     "prefill": attention_operations.prefill,
     "add_rmsnorm": add_rmsnorm,

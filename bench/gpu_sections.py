@@ -23,9 +23,13 @@ from bench.operations import Place, reason
 
 Result = dict[str, Any]
 Run = Callable[[bool, Path], Iterator[Result]]
-DUMMIES = ("llama-3-8b", "llama-3-8b-w4a16", "llama-3-8b-fp8", "yi-6b-w4a16", "yi-34b-w4a16", "yi-34b-fp8")
+DUMMIES = (
+    "llama-3-8b", "llama-3-8b-w4a16", "llama-3-8b-w8a8", "llama-3-8b-fp8", "yi-6b-w4a16", "yi-34b-w4a16", "yi-34b-fp8",
+)  # fmt: skip
 LADDERS = ("llama-3-8b", "yi-34b")
-FAMILIES = {"w4a16": "w4", "dequant_w4": "w4", "decode": "attention", "prefill": "attention"}
+FAMILIES = {
+    "w4a16": "w4", "dequant_w4": "w4", "w8a16": "w8", "w8a8": "w8", "decode": "attention", "prefill": "attention",
+}  # fmt: skip
 WANTED = {("llama-3-8b", 1): 170.0, ("llama-3-8b-w4a16", 1): 430.0}  # tokens a second; the head is in 16 bits
 PROMPT, NEW = 128, 128
 

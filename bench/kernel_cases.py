@@ -39,6 +39,13 @@ MODELS = {shape.name: shape for shape in (SMOLLM2, YI_6B, LLAMA_3_8B, YI_34B)}
 TINY = Shape("tiny", 192, 128, 3, 1, 64, 1000, 2)  # for the dry mode
 
 FORMATS = {"Q4_1": (32, False), "W4 g128": (128, False), "W4 g128 zero points": (128, True)}  # group, zero_point
+# Of 8 bits: type, columns of a group (0: a row), minima. w8a8 takes those of rows.
+EIGHT_BITS = {
+    "int8 row": ("int8", 0, False), "int8 g128": ("int8", 128, False), "Q8_0": ("int8", 32, False),
+    "Q5_K": ("int8", 32, True), "Q6_K": ("int8", 16, False), "fp8 row": ("fp8", 0, False),
+    "fp8 block": ("fp8", 128, False),
+}  # fmt: skip
+PER_ROW = ("int8 row", "fp8 row")
 LARGE = 64 << 20  # weights: layers from here on have a target of their own
 
 
@@ -82,6 +89,12 @@ def linear(shape: Shape, layer: str, rows: int, weights: str) -> Case:
     return Case("w4a16", shape, rows, weights, layer)
 
 
+def eight_bit(shape: Shape, layer: str, rows: Iterable[int], formats: Iterable[str] = PER_ROW) -> list[Case]:
+    """w8a16, and w8a8 for the formats that it has."""
+    kernels = [("w8a16", name) for name in formats] + [("w8a8", name) for name in formats if name in PER_ROW]
+    return [Case(kernel, shape, m, name, layer) for kernel, name in kernels for m in rows]
+
+
 def decode(
     shape: Shape, kv_lens: Iterable[int], dtype: str = "bfloat16", block_size: int = 64, window: int = 0
 ) -> Case:
@@ -116,6 +129,9 @@ def full() -> list[Case]:
     for shape in MODELS.values():
         weights = ["Q4_1"] if shape is SMOLLM2 else ["Q4_1", "W4 g128"]
         cases += [linear(shape, layer, m, w) for layer in shape.linears for w in weights for m in ROWS]
+        formats = EIGHT_BITS if shape is LLAMA_3_8B else (*PER_ROW, "Q6_K")
+        for layer in shape.linears:
+            cases += eight_bit(shape, layer, (1, 16, 64, 256, 1024, 4096), formats if layer == "gate_up" else PER_ROW)
         for context in (128, 1024, 8192, 32768):
             for batch in (1, 16, 64):
                 if batch * context <= 1 << 19:
@@ -136,6 +152,8 @@ def short() -> list[Case]:
     big += [linear(YI_34B, "gate_up", m, "W4 g128") for m in (1, 16, 64, 1024)]
     small = [linear(LLAMA_3_8B, layer, m, "W4 g128") for layer in ("qkv", "o", "down") for m in (1, 16, 64)]
     small += [linear(SMOLLM2, layer, m, "Q4_1") for layer in SMOLLM2.linears for m in (1, 16, 256)]
+    eight = eight_bit(LLAMA_3_8B, "gate_up", (1, 16, 64, 256, 1024))
+    eight += eight_bit(LLAMA_3_8B, "gate_up", (1, 16), ("Q6_K", "fp8 block"))
     lens = ((128, 1), (1024, 1), (8192, 1), (32768, 1), (1024, 64), (8192, 16))
     attention = [decode(LLAMA_3_8B, (context,) * batch) for context, batch in lens]
     attention += [decode(LLAMA_3_8B, (8192,) * 16, dtype) for dtype in ("int8", "float8_e4m3fn")]
@@ -145,7 +163,7 @@ def short() -> list[Case]:
     rest = [Case(kernel, LLAMA_3_8B, m) for kernel in FUSED for m in (1, 64, 4096)]
     rest += [Case("sample", LLAMA_3_8B, m, "float32", options=o) for m in (1, 64) for o in SAMPLING]
     rest += [Case("logprobs", LLAMA_3_8B, 16, "float32"), Case("dequant_w4", LLAMA_3_8B, 0, "W4 g128", "gate_up")]
-    return big + small + attention + rest
+    return big + small + eight + attention + rest
 
 
 def checks() -> list[Case]:
@@ -162,6 +180,9 @@ def checks() -> list[Case]:
         shapes = ((SMOLLM2, "down"), (YI_6B, "o")) if weights != "Q4_1" else ((awkward, "qkv"), (SMOLLM2, "qkv"))
         cases += [linear(shape, layer, m, weights) for shape, layer in shapes for m in (1, 3, 17, 64, 100, 300, 900)]
         cases += [Case("dequant_w4", shape, 0, weights, layer) for shape, layer in shapes]
+    for shape, layer in ((SMOLLM2, "down"), (awkward, "qkv")):
+        formats = EIGHT_BITS if shape is SMOLLM2 else (*PER_ROW, "Q5_K")
+        cases += eight_bit(shape, layer, (1, 17, 100, 900), formats)
     for dtype in ("bfloat16", "float16", "float32"):
         for shape in (SMOLLM2, awkward):
             cases += [Case(kernel, shape, m, dtype) for kernel in FUSED for m in (1, 5, 333)]
@@ -175,6 +196,7 @@ def checks() -> list[Case]:
 def dry() -> list[Case]:
     """Every kernel once, small enough for Triton's interpreter, which as shipped is right for float16 and float32."""
     cases = [linear(TINY, "qkv", m, "Q4_1") for m in (1, 900)] + [linear(TINY, "o", 3, "Q4_1")]
+    cases += eight_bit(TINY, "qkv", (3, 900), ("int8 row", "Q6_K"))
     cases += [decode(TINY, (70, 0, 5), "float16"), decode(TINY, (40, 40), "float16")]
     cases += [prefill(TINY, (20, 5), (20, 40), "float16"), prefill(TINY, (40,), dtype="float16")]
     cases += [Case(kernel, TINY, 2, "float16") for kernel in FUSED]

@@ -22,7 +22,7 @@ def plot(folder: Path, rows: list[Row], ceilings: Ceilings) -> list[str]:
     if timed:
         _roofline(folder / "roofline.png", timed, ceilings)
         names.append("roofline.png")
-    linears = [row for row in timed if row["kernel"] in ("w4a16", "linear") and row["baselines"]]
+    linears = [row for row in timed if row["kernel"] in ("w4a16", "w8a16", "w8a8", "linear") and row["baselines"]]
     if linears:
         _speedup(folder / "speedup.png", linears)
         names.append("speedup.png")

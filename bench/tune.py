@@ -17,21 +17,24 @@ from typing import Any, TypeVar
 import torch
 
 from bench import kernel_cases, kernels
-from bench.kernel_cases import FORMATS, MODELS, Case
+from bench.kernel_cases import EIGHT_BITS, FORMATS, MODELS, Case
 from bench.operations import BenchError, Place
 from bench.report import write_json
 from bench.timing import measure
 
 Tile = TypeVar("Tile")
 MARGIN = 0.98  # of the time before: less of a gain is noise
+MATMUL = {
+    "block_n": (64, 128, 256),
+    "block_k": (64, 128),
+    "split": (1, 2, 3, 4, 6, 8, 12, 16),
+    "num_stages": (2, 3, 4, 5),
+    "num_warps": (4, 8),
+}
 CHOICES: dict[str, dict[str, Sequence[int]]] = {
-    "w4a16": {
-        "block_n": (64, 128, 256),
-        "block_k": (64, 128),
-        "split": (1, 2, 3, 4, 6, 8, 12, 16),
-        "num_stages": (2, 3, 4, 5),
-        "num_warps": (4, 8),
-    },
+    "w4a16": MATMUL,
+    "w8a16": MATMUL,
+    "w8a8": MATMUL,
     "decode": {"block_n": (32, 64, 128), "num_stages": (2, 3, 4), "num_warps": (2, 4, 8)},
     "prefill": {"block_m": (64, 128), "block_n": (32, 64, 128), "num_stages": (2, 3, 4), "num_warps": (4, 8)},
 }
@@ -70,6 +73,9 @@ def cases() -> list[Case]:
         formats = ["Q4_1"] if shape is kernel_cases.SMOLLM2 else [f for f in FORMATS if "zero" not in f]
         rows = (16, 32, 64, 128, 512)
         found += [kernel_cases.linear(shape, layer, m, f) for layer in shape.linears for f in formats for m in rows]
+        for layer in shape.linears:
+            eight = kernel_cases.eight_bit(shape, layer, rows, (*kernel_cases.PER_ROW, "int8 g128", "Q6_K"))
+            found += [case for case in eight if (case.kernel, case.dtype) != ("w8a16", "fp8 row")]  # int8's tile
         for dtype in ("bfloat16", "float16", "int8", "float8_e4m3fn"):
             found.append(kernel_cases.decode(shape, (8192,) * 16, dtype))
             found.append(kernel_cases.prefill(shape, (4096,), dtype=dtype))
@@ -78,7 +84,7 @@ def cases() -> list[Case]:
 
 def named(chosen: Sequence[Case], gpu: Any) -> Iterator[tuple[Case, str, Any]]:
     """Each case with its name in the file and the tile that it has now."""
-    from kernels.gpu import attention, linear_w4
+    from kernels.gpu import attention, linear_w4, linear_w8
 
     for case in chosen:
         shape = case.shape
@@ -88,6 +94,16 @@ def named(chosen: Sequence[Case], gpu: Any) -> Iterator[tuple[Case, str, Any]]:
             tile = linear_w4.config(*sizes, gpu)
             if tile is not None:
                 yield case, linear_w4.case_name(*sizes), tile
+        elif case.kernel in ("w8a16", "w8a8"):
+            kind, group, _ = EIGHT_BITS[case.dtype]
+            n, k = shape.linears[case.layer]
+            x_dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind] if case.kernel == "w8a8" else torch.float16
+            if x_dtype == torch.float8_e4m3fn and gpu.capability < 89:
+                continue
+            sizes = case.rows, n, k, group or k, x_dtype
+            tile = linear_w8.config(*sizes, gpu)
+            if tile is not None:
+                yield case, linear_w8.case_name(*sizes), tile
         else:
             config = attention.decode_config if case.kernel == "decode" else attention.prefill_config
             key = shape.heads, shape.kv_heads, shape.head_dim, case.block_size, getattr(torch, case.dtype), gpu

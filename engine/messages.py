@@ -117,6 +117,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     weight_bytes: int
     load_seconds: float
     batch_invariant: bool
+    stages: list[tuple[str, float]] = []  # of the start, in order, and their seconds
 
 
 class EngineOptions(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -17,6 +17,13 @@ from engine.model.config import ModelConfig
 GIB = 2**30
 # Bytes of a weight of the layers in the formats that a checkpoint may be made into (scales of groups of 128 included).
 WEIGHTS = {"float32": 4.0, "bfloat16": 2.0, "w8a16": 1.0, "w8a8": 1.0, "fp8": 1.0, "w4a16": 0.5 + 2 / 128}
+# The same of GGUF's, as a GPU's kernels read them: fp16 pairs for 4 bits, above that bytes and float32 scales.
+GPU_BYTES = {
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q4_K"), 0.5 + 4 / 32),
+    **dict.fromkeys(("Q5_0", "Q8_0"), 1 + 4 / 32),
+    **dict.fromkeys(("Q5_1", "Q5_K"), 1 + 8 / 32),
+    "Q6_K": 1 + 4 / 16,
+}
 KV_BYTES = {"auto": 2.0, "float32": 4.0, "int8": 1.0, "fp8": 1.0}  # of an element
 TABLE = "model.embed_tokens.weight"
 
@@ -79,16 +86,21 @@ def layer_weights(config: ModelConfig) -> int:
 
 
 def plan(
-    checkpoint: Checkpoint, machine: Machine, options: EngineOptions, weights: str | None = None, copies: float = 0.0
-) -> Plan:
+    checkpoint: Checkpoint, machine: Machine, options: EngineOptions, weights: str | None = None, copies: float = 0.0,
+    gpu: bool = False,
+) -> Plan:  # fmt: skip
     """Of the checkpoint as it is stored, or with its layers in the format `weights` (a key of WEIGHTS).
 
-    copies: bytes of a second form that each weight of the layers is kept in (a CPU's, for many rows).
+    copies: bytes of a second form that each weight of the layers is kept in (a CPU's, for many rows). gpu: as a GPU's
+    kernels read them, instead of as they lie in the file.
     """
     config = checkpoint.config
     dense = 4 if options.dtype == "float32" else 2
     matrices = layer_weights(config)
-    layers = sum(tensor.nbytes for name, tensor in checkpoint.tensors.items() if name.startswith("model.layers."))
+    tensors = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith("model.layers.")]
+    layers = sum(
+        int(math.prod(x.shape) * GPU_BYTES[x.dtype]) if gpu and x.dtype in GPU_BYTES else x.nbytes for x in tensors
+    )
     if options.dtype == "float32" or weights is not None:
         layers = int(matrices * (dense if options.dtype == "float32" else WEIGHTS[weights or "float32"]))
     head = config.vocab_size * config.hidden_size * dense

@@ -11,7 +11,8 @@ minimum m or zero point z (or neither: w = q d) for each row and group of consec
 
     several tensors, see `engine.checkpoint.quantized` for their names and shapes:
     AWQ (4 bits), GPTQ and GPTQ_V2 (4 and 8), PACKED (compressed-tensors, 4 and 8)    (q - z) d
-    INT8, W8A8 (int8 per row; W8A8: made for activations in int8), FP8 (per tensor, row or block of 128 x 128)   q d
+    INT8 (per row), FP8 (e4m3, per tensor, row or block of 128 x 128)   q d
+    W8A8, FP8_A8: the same, made for activations in the weights' type
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Weight:
     d, m, z [N, groups]: float scales; float minima; integer zero points. `group` columns share one (the last group may
         be shorter). bits: of a q in the file.
     order int64 [K]: q[:, i] is column order[i] of the matrix (GPTQ sorts columns by group); None: in order.
-    int8_input: made for activations that are rounded to int8 per row.
+    eight_bit_input: made for activations that are rounded to q's type per row.
     """
 
     q: torch.Tensor
@@ -47,7 +48,7 @@ class Weight:
     group: int = 0
     bits: int = 16
     order: torch.Tensor | None = None
-    int8_input: bool = False
+    eight_bit_input: bool = False
 
     def __getitem__(self, rows: slice) -> Weight:
         return self.rows(lambda x: x[rows])
@@ -66,7 +67,7 @@ class Weight:
     def layout(self) -> tuple[Any, ...]:
         """What weights of one matmul have in common."""
         dtypes = (None if x is None else x.dtype for x in (self.q, self.d, self.m, self.z, self.order))
-        return self.group, self.bits, self.int8_input, *dtypes
+        return self.group, self.bits, self.eight_bit_input, *dtypes
 
     def minimum(self) -> torch.Tensor | None:
         """m, or what z makes of it, float32 [N, groups]."""
@@ -249,10 +250,10 @@ def _eight(kind: str, parts: Mapping[str, torch.Tensor]) -> Weight:
         d, group = d.reshape(-1, 1).expand(n, 1), k
     else:
         d, group = d.repeat_interleave(FP8_BLOCK, 0)[:n], FP8_BLOCK
-    return Weight(q, d.contiguous(), group=group, bits=8, int8_input=kind == "W8A8")
+    return Weight(q, d.contiguous(), group=group, bits=8, eight_bit_input=kind in ("W8A8", "FP8_A8"))
 
 
 _SEVERAL: dict[str, Callable[[str, Mapping[str, torch.Tensor]], Weight]] = {
     **{"AWQ": _awq, "GPTQ": _gptq, "GPTQ_V2": _gptq, "PACKED": _packed},
-    **{"INT8": _eight, "W8A8": _eight, "FP8": _eight},
+    **dict.fromkeys(("INT8", "W8A8", "FP8", "FP8_A8"), _eight),
 }

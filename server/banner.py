@@ -30,7 +30,7 @@ def print_banner(console: Console, info: EngineInfo, service: Service, host: str
             f"context {info.max_model_len:,}, {settings.engine.max_num_seqs} at once, queue of {settings.max_queue}",
         ),
         ("Price", f"US${price.usd_per_device_hour:g} per device-hour ({price.name})" if price else reason),
-        ("Loaded in", f"{info.load_seconds:.1f} s"),
+        ("Loaded in", loaded(info)),
         ("OpenAI API", f"{url}/v1   (metrics: {url}/metrics, routes: {url}/docs)"),
     ):
         table.add_row(name, value)
@@ -39,6 +39,13 @@ def print_banner(console: Console, info: EngineInfo, service: Service, host: str
     line = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
     console.print("Try it:", style="bold")
     console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def loaded(info: EngineInfo) -> str:
+    """The engine's start, stage by stage."""
+    stages = info.stages or [("weights and warm-up", info.load_seconds)]
+    total = sum(seconds for _, seconds in stages)
+    return f"{total:.1f} s: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages)
 
 
 def count(number: int) -> str:

@@ -53,6 +53,7 @@ def serve(settings: ServerSettings) -> None:
                 print_banner(console, info, service, host, port)
                 seconds = round(info.load_seconds, 3)
                 fields = {"model": service.model, "host": host, "port": port, "load_seconds": seconds}
+                fields |= {"stages": {name: round(of_stage, 3) for name, of_stage in info.stages}}
                 log.info("ready", extra={"fields": fields})
 
         app = create_app(

@@ -51,7 +51,7 @@ def show_plan(question: Question, console: Console, json_path: str | None) -> No
     else:
         machine, price = _device(question.device, asked)
         origin = "of the maker's data sheet, not measured"
-    planned = plan(checkpoint, machine, options, question.weights)
+    planned = plan(checkpoint, machine, options, question.weights, gpu=question.device != "cpu")
     timed = None
     if question.device == "cpu" and question.weights is None:
         check_fit(planned, options)

@@ -51,7 +51,7 @@ SCHEMES = {
     "-w4a16": Scheme("PACKED", "W4A16", 4, 128),
     "-w8a16": Scheme("INT8", "W8A16"),
     "-w8a8": Scheme("W8A8", "W8A8"),
-    "-fp8": Scheme("FP8", "FP8"),
+    "-fp8": Scheme("FP8_A8", "FP8"),
 }
 
 
@@ -78,11 +78,8 @@ def dummy_tensors(config: ModelConfig, scheme: Scheme | None = None) -> dict[str
 def _part(name: str, kind: str, shape: tuple[int, ...], weight: tuple[int, ...], scheme: Scheme) -> npt.NDArray[Any]:
     if kind == "I64":
         return np.array(weight)
-    if kind in (
-        "F32",
-        "F16",
-    ):  # the integers are uniform over 2^bits; FP8 bytes are made with exponents below 8: |w| < 2
-        deviation = 0.6 if scheme.kind == "FP8" else 2**scheme.bits / math.sqrt(12)
+    if kind in ("F32", "F16"):  # integers are uniform over 2^bits; FP8 bytes are made with exponents below 8: |w| < 2
+        deviation = 0.6 if scheme.kind == "FP8_A8" else 2**scheme.bits / math.sqrt(12)
         return np.full(shape, 1 / (deviation * math.sqrt(weight[1])), np.float32 if kind == "F32" else np.float16)
     random = np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
     raw = np.frombuffer(random.bytes(stored_bytes(kind, shape)), np.uint8)

@@ -6,10 +6,11 @@
     PACKED    weight_packed I32 [N, K b/32], weight_scale [N, K/G], weight_shape I64 [2]; weight_zero_point I32
               [N b/32, K/G] if asymmetric; weight_g_idx I32 [K] if columns are not in order of their groups
     INT8, W8A8  weight I8 [N, K], weight_scale [N, 1] or one for all
-    FP8       weight F8_E4M3 [N, K], weight_scale [N], [N, 1] or one for all, or weight_scale(_inv) [N/128, K/128]
+    FP8, FP8_A8  weight F8_E4M3 [N, K], weight_scale [N], [N, 1] or one for all, or weight_scale(_inv) [N/128, K/128]
 
-Activations of W8A8 are rounded to int8 a row at a time where they are multiplied. A scale for them that the file holds
-(input_scale) is not used: the row's own is never coarser. FP8 activations are not rounded at all on a CPU.
+Activations of W8A8 and FP8_A8 are rounded to 8 bits a row at a time where they are multiplied. A scale for them that
+the file holds (input_scale) is not used: the row's own is never coarser. FP8 activations are rounded only on GPUs that
+multiply float8, and only where the weights have no blocks.
 `kernels.formats` has the arithmetic.
 """
 
@@ -62,7 +63,7 @@ class Scheme:
             return packed | {"weight_scale": (FLOATS, ((n, groups),))}, optional
         one = (n, 1), (n,), (1,), (), (1, 1)
         scale = ((-(-n // BLOCK), -(-k // BLOCK)),) if self.blocks else one
-        stored = "F8_E4M3" if self.kind == "FP8" else "I8"
+        stored = "F8_E4M3" if self.kind in ("FP8", "FP8_A8") else "I8"
         return {"weight": ((stored,), ((n, k),)), "weight_scale": (FLOATS, scale)}, {}
 
 
@@ -97,7 +98,7 @@ def scheme_of(config: dict[str, Any], where: str) -> Scheme | None:
     block = fields.get("weight_block_size")
     if block not in (None, [BLOCK, BLOCK]):
         raise fields.fail("weight_block_size", f"is {str(block)[:60]}; [{BLOCK}, {BLOCK}] is supported")
-    return Scheme("FP8", "FP8", blocks=block is not None)
+    return Scheme("FP8_A8" if block is None else "FP8", "FP8", blocks=block is not None)
 
 
 def _bits(fields: Fields, name: str, allowed: tuple[int, ...]) -> int:
@@ -152,7 +153,8 @@ def _compressed_tensors(fields: Fields) -> Scheme:
     if kind == "float":
         if strategy == "block" and weights.get("block_structure") != [BLOCK, BLOCK]:
             raise weights.fail("block_structure", f"must be [{BLOCK}, {BLOCK}]")
-        return Scheme("FP8", "FP8", blocks=strategy == "block")
+        blocks = strategy == "block"
+        return Scheme("FP8_A8" if activations and not blocks else "FP8", "FP8", blocks=blocks)
     return Scheme("W8A8", "W8A8") if activations else Scheme("INT8", "W8A16")
 
 

@@ -12,6 +12,7 @@ from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.core.device import has_gpu
 from engine.core.loop import EngineCore
 from engine.core.runner import Runner, available_memory
+from engine.core.stages import Stages
 from engine.errors import CapacityError
 from engine.ledger import Ledger, calibrate
 from engine.messages import EngineInfo, EngineOptions
@@ -31,8 +32,11 @@ def build_core(
 
     Raises CheckpointError, or CapacityError before a weight is read for what cannot fit."""
     start = time.monotonic()
+    stages = on_progress if isinstance(on_progress, Stages) else Stages(on_progress)
+    stages("checkpoint")
     checkpoint = checkpoint or open_checkpoint(options.model, options.load_format)
-    runner = _runner(checkpoint, options, on_progress)
+    stages("device")
+    runner = _runner(checkpoint, options, stages)
     scheduler = Scheduler(
         num_blocks=runner.num_blocks,
         block_size=runner.block_size,
@@ -43,13 +47,15 @@ def build_core(
         contiguous=runner.contiguous,
         eos_token_ids=checkpoint.config.eos_token_ids,
     )
+    stages("calibration")
     roofline = calibrate(lambda tokens: runner.logits([0] * tokens), checkpoint.config, runner.info)
     core = EngineCore(runner, scheduler)
     core.ledger = Ledger(start, time.monotonic(), roofline)
+    runner.info.stages = stages.end()
     return core, runner.info, checkpoint
 
 
-def _runner(checkpoint: Checkpoint, options: EngineOptions, on_progress: Progress | None) -> Runner | GpuRunner:
+def _runner(checkpoint: Checkpoint, options: EngineOptions, on_progress: Stages) -> Runner | GpuRunner:
     """device "auto" is the CPU: the GPU runner has seen Triton's interpreter only, so it has to be asked for."""
     if options.device == "cuda" and not has_gpu():
         raise CapacityError(
@@ -61,7 +67,7 @@ def _runner(checkpoint: Checkpoint, options: EngineOptions, on_progress: Progres
 
         memory = int(torch.cuda.mem_get_info()[1] * options.gpu_memory_utilization)
         raised = "a larger --gpu-memory-utilization" if options.gpu_memory_utilization < 0.9 else ""
-        check_fit(plan(checkpoint, Machine("the GPU", memory, 1.0, 1.0), options), options, raised)
+        check_fit(plan(checkpoint, Machine("the GPU", memory, 1.0, 1.0), options, gpu=True), options, raised)
         return GpuRunner(checkpoint, options, on_progress)
     check_fit(plan(checkpoint, Machine("the CPU", available_memory(), 1.0, 1.0), options), options)
     return Runner(checkpoint, options, on_progress)

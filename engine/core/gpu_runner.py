@@ -121,7 +121,9 @@ class GpuRunner:
         self._batch_sizes = batch_sizes(self._max_seqs)
         self._seed = options.seed
         self.backend = GpuBackend(config, activations, self.block_size, self.device, invariant, options.kv_cache_dtype)
+        progress("weights", 0.0)
         self.model = load_decoder(checkpoint, self.backend, weights_progress(progress, checkpoint.total_bytes))
+        self._synchronize()  # they are there
 
         self.grammars = Grammars(checkpoint.tokenizer, config.vocab_size, config.eos_token_ids)
         self._table = SamplingTable(self._max_seqs, config.vocab_size, self.device, MAX_BIASES)
@@ -134,6 +136,7 @@ class GpuRunner:
         self._seen: set[int] = set()  # batch sizes that have run
         self._prepared = 0.0  # seconds that capturing took for this launch
         self._use_graphs = self._cuda and not options.enforce_eager
+        self._starting: Callable[[str, float], None] | None = progress
         triton.knobs.runtime.jit_cache_hook = lambda **_: self._prepare("compiling")
         triton.knobs.runtime.jit_post_compile_hook = lambda **_: self._prepare("")
         self._pool = torch.cuda.graph_pool_handle() if self._use_graphs else None
@@ -146,6 +149,7 @@ class GpuRunner:
         self._clock = DeviceClock(self._cuda)
         self._synchronize()
         progress("warm-up", 1.0)
+        self._starting = None
         self.info = engine_info(
             checkpoint,
             dtype=activations,
@@ -453,7 +457,10 @@ class GpuRunner:
         return host.copy_(tensor, non_blocking=True)
 
     def _prepare(self, what: str) -> None:
+        """what: "compiling" (or reading compiled code from the disk), "capturing", or "" when that is over."""
         self.preparing = what
+        if self._starting is not None:
+            self._starting("kernels" if what else "warm-up", 0.0)
 
     def _synchronize(self) -> None:
         if self._cuda:

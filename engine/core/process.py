@@ -24,6 +24,7 @@ import msgspec
 import zmq
 
 from engine import messages
+from engine.core.stages import Stages
 from engine.errors import FenError, RequestError, is_out_of_memory
 from engine.messages import EngineInfo, EngineOptions, EngineStats, Output, Request, encode
 
@@ -144,10 +145,11 @@ def run(directory: str, build: Build) -> int:
 
 
 def _build(options: EngineOptions, progress: Progress) -> tuple[Core, EngineInfo]:
-    progress("libraries", 0.0)
+    stages = Stages(progress)
+    stages("libraries")
     from engine.core.build import build_core  # imports torch: after the first heartbeat
 
-    core, info, _ = build_core(options, progress)
+    core, info, _ = build_core(options, stages)
     return core, info
 
 

@@ -60,6 +60,7 @@ class Runner:
         self.block_size = options.block_size or BLOCK_SIZE
         self.max_num_batched_tokens = options.max_num_batched_tokens or STEP_TOKENS
 
+        progress("weights", 0.0)
         parts = CpuParts(config, self._plan, self.block_size, options.kv_cache_dtype)
         self.model = load_decoder(checkpoint, parts, weights_progress(progress, checkpoint.total_bytes))
         backend = self.model.backend

@@ -1,8 +1,9 @@
 """The GPU backend of the decoder: kernels.gpu, bound to one model's weights and KV cache.
 
-Activations are float16, bfloat16 or float32 throughout, the residual float32. 4-bit weights stay as they are for
-16-bit activations; other types become dense in the activations' type. float16 holds silu(gate) * up times 2^-X_EXP, and
-the matmul behind it multiplies by 2^X_EXP. `device` is a CUDA device, or the CPU in Triton's interpreter: what runs
+Activations are float16, bfloat16 or float32 throughout, the residual float32. Quantised weights stay as they are for
+16-bit activations (4 bits, or 5 to 8 in bytes), those made for 8-bit activations for all; what has no kernel becomes
+dense in the activations' type. float16 holds silu(gate) * up times 2^-X_EXP, and the matmul behind it multiplies by
+2^X_EXP. `device` is a CUDA device, or the CPU in Triton's interpreter: what runs
 there is tested in CI. No speed of this file has been measured yet.
 """
 
@@ -21,12 +22,17 @@ from engine.model.decoder import Linear, Step
 from engine.model.rope import rotations, unrotated
 from kernels import kv_cache
 from kernels.formats import Weight, decode, dequantize
-from kernels.gpu import attention, fused, linear_w4, w4_layout
+from kernels.gpu import attention, fused, linear_w4, linear_w8, w4_layout
+from kernels.gpu.split_k import Workspace
 from kernels.gpu.tiles import current_gpu
 
 X_EXP = 4
 SLAB = 128  # rows that a batch-invariant matmul takes at a time
 PIECE = 8192  # rows of a weight that are dequantised at a time: bounds the float32 scratch
+MOST = min(linear_w4.CROSSOVER, linear_w8.CROSSOVER)  # rows that a matmul takes without a scratch buffer
+
+# x, out, the power of two that x was divided by: out = x @ W^T, with W as it is stored.
+Multiply = Callable[[torch.Tensor, torch.Tensor, int], None]
 
 
 @dataclasses.dataclass(slots=True)
@@ -66,9 +72,8 @@ class GpuBackend:
         self.device = device
         self.invariant = invariant
         self.cache: list[kv_cache.KVCache] = []
-        self.workspace = linear_w4.Workspace(current_gpu(), device)
-        self._kw = w4_layout.lane_order(current_gpu().capability)
-        self._largest = 0  # elements of the largest 4-bit weight
+        self.workspace = Workspace(current_gpu(), device)
+        self._largest = 0  # elements of the largest weight that is dequantised for many rows
 
     @property
     def backend(self) -> GpuBackend:
@@ -149,8 +154,9 @@ class GpuBackend:
     def linear(self, name: str, weight: Weight, bias: torch.Tensor | None) -> Linear:
         x_exp = X_EXP if name.endswith("down_proj") else 0
         bias = None if bias is None else bias.to(self.device, self.activations)
-        if self._runs_as_4_bit(weight):
-            return self._slabs(functools.partial(self._multiply_w4, *self._pack(weight), bias, x_exp))
+        as_stored = self._as_stored(weight)
+        if as_stored is not None:
+            return self._slabs(functools.partial(self._linear, as_stored, weight.q.shape[0], bias, x_exp))
         dense = self._dense(weight)
         if self.activations == torch.float16:
             dense *= 2.0**x_exp
@@ -163,8 +169,9 @@ class GpuBackend:
         raw, kind = table
         weight = decode(kind, {"": raw.to(self.device)})
         rows = self._dense(weight)
-        if self._runs_as_4_bit(head or weight):
-            multiply = functools.partial(self._head_w4, *self._pack(head or weight))
+        as_stored = self._as_stored(head or weight)
+        if as_stored is not None:
+            multiply = functools.partial(self._head, as_stored, (head or weight).q.shape[0])
         else:
             multiply = functools.partial(_head, rows if head is None else self._dense(head))
         slabs = self._slabs(multiply)
@@ -180,38 +187,54 @@ class GpuBackend:
 
         return in_slabs
 
-    def _multiply_w4(
-        self, weight: w4_layout.W4, order: torch.Tensor | None, bias: torch.Tensor | None, x_exp: int, x: torch.Tensor
+    def _linear(
+        self, multiply: Multiply, n: int, bias: torch.Tensor | None, x_exp: int, x: torch.Tensor
     ) -> torch.Tensor:
-        x = x if order is None else x[:, order]
-        out = torch.empty(x.shape[0], weight.n, dtype=x.dtype, device=self.device)
-        scratch = self._scratch if x.shape[0] > linear_w4.CROSSOVER else x  # x: not looked at
-        linear_w4.matmul_w4(x, weight, out, self.workspace, scratch, x_exp=x_exp)
+        out = torch.empty(x.shape[0], n, dtype=x.dtype, device=self.device)
+        multiply(x, out, x_exp)
         return out if bias is None else out.add_(bias)
 
-    def _head_w4(self, weight: w4_layout.W4, order: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-        x = x if order is None else x[:, order]
-        out = torch.empty(x.shape[0], weight.n, device=self.device)
-        for rows, part in zip(x.split(linear_w4.CROSSOVER), out.split(linear_w4.CROSSOVER), strict=True):
-            linear_w4.w4a16(rows, weight, part, self.workspace)
+    def _head(self, multiply: Multiply, n: int, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(x.shape[0], n, device=self.device)
+        for rows, part in zip(x.split(MOST), out.split(MOST), strict=True):
+            multiply(rows, part, 0)
         return out
+
+    def _as_stored(self, weight: Weight) -> Multiply | None:
+        """The kernel that multiplies by the weight without making it dense; None where there is none."""
+        n, k = weight.q.shape
+        capability = current_gpu().capability
+        eight = linear_w8.takes_eight_bits(weight, capability)
+        if weight.d is None or (self.activations == torch.float32 and not eight):
+            return None
+        packed: w4_layout.W4 | linear_w8.W8
+        on_device = weight.rows(lambda x: x.to(self.device))
+        if weight.bits == 4 and weight.group in (32, 64, 128, k) and n % 16 == 0 and k % 64 == 0:
+            q, d, m, zero_point = w4_layout.parts(on_device)
+            packed = w4_layout.pack(q, d, m, kw=w4_layout.lane_order(capability), zero_point=zero_point)
+        elif linear_w8.fits(weight):
+            packed = linear_w8.pack(on_device, capability)
+        else:
+            return None
+        self._largest = max(self._largest, 0 if eight else n * k)
+        order = None if weight.order is None else weight.order.to(self.device)
+        return functools.partial(self._multiply, packed, order)
+
+    def _multiply(
+        self, weight: w4_layout.W4 | linear_w8.W8, order: torch.Tensor | None, x: torch.Tensor, out: torch.Tensor,
+        x_exp: int,
+    ) -> None:  # fmt: skip
+        x = x if order is None else x[:, order]
+        scratch = self._scratch if x.shape[0] > MOST else x  # x: not looked at
+        if isinstance(weight, w4_layout.W4):
+            linear_w4.matmul_w4(x, weight, out, self.workspace, scratch, x_exp=x_exp)
+        else:
+            linear_w8.matmul_w8(x, weight, out, self.workspace, scratch, x_exp=x_exp)
 
     @functools.cached_property
     def _scratch(self) -> torch.Tensor:
         """Room for one dequantised weight. First used by the warm-up, hence not in a graph's own memory."""
         return torch.empty(self._largest, dtype=self.activations, device=self.device)
-
-    def _runs_as_4_bit(self, weight: Weight) -> bool:
-        n, k = weight.q.shape
-        fits = weight.group in (32, 64, 128, k) and n % 16 == 0 and k % 64 == 0
-        return weight.bits == 4 and fits and self.activations != torch.float32
-
-    def _pack(self, weight: Weight) -> tuple[w4_layout.W4, torch.Tensor | None]:
-        """And the order of the columns, if it is not theirs."""
-        q, d, m, zero_point = w4_layout.parts(weight.rows(lambda x: x.to(self.device)))
-        self._largest = max(self._largest, q.numel())
-        order = None if weight.order is None else weight.order.to(self.device)
-        return w4_layout.pack(q, d, m, kw=self._kw, zero_point=zero_point), order
 
     def _dense(self, weight: Weight) -> torch.Tensor:
         pieces = (weight[i : i + PIECE].rows(lambda x: x.to(self.device)) for i in range(0, weight.q.shape[0], PIECE))

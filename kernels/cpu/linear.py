@@ -98,7 +98,7 @@ class Linear:
         self.bytes = weight.bytes  # that a decode step has to read, in the checkpoint's own format
         self._bias = {dtype: bias.to(dtype) for dtype in {plan.few, plan.many}} if bias is not None else {}
         self._few = self._many = None
-        if weight.int8_input:
+        if weight.eight_bit_input and weight.q.dtype == torch.int8:
             self._few = self._many = _int8(weight)
             return
         if plan.few_rows > 0:

@@ -43,9 +43,13 @@ V_GAIN = tl.constexpr(256.0)  # keeps probability * 8-bit scale out of float16's
 def _load_tile(
     K, V, K_SCALE, V_SCALE, table, hk, n0, end,
     HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr,
-    EIGHT: tl.constexpr, TMA: tl.constexpr, CT: tl.constexpr,
+    EIGHT: tl.constexpr, TMA: tl.constexpr, CT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys [BD, BN], values [BN, BD] and their scales [BN] for tokens n0 .. n0 + BN of one sequence and KV head."""
+    """Keys [BD, BN], values [BN, BD] and their scales [BN] for tokens n0 .. n0 + BN of one sequence and KV head.
+
+    MASKED: values from token `end` on read as zero. Their probabilities are zero, but what an earlier owner of the page
+    has left there may be NaN."""
+    INTEGER: tl.constexpr = not TMA and V.dtype.element_ty == tl.int8  # never NaN
     n = tl.arange(0, BN)
     d = tl.arange(0, BD)
     k_scale = tl.full([BN], 1.0, tl.float32)
@@ -54,6 +58,8 @@ def _load_tile(
         row = (tl.load(table + n0 // PAGE) * HKV + hk) * PAGE + n0 % PAGE
         k = K.load([row, 0]).T
         v = V.load([row, 0])
+        if MASKED:
+            v = tl.where((n0 + n < end)[:, None], v, 0.0)
     else:
         if BN <= PAGE:  # the tile lies in one page
             row = (tl.load(table + n0 // PAGE).to(tl.int64) * HKV + hk) * PAGE
@@ -70,14 +76,21 @@ def _load_tile(
         if EIGHT:
             v_at = V + d[None, :] * PAGE + t[:, None]
             k_scale = tl.load(K_SCALE + t)
-            v_scale = tl.load(V_SCALE + t) * V_GAIN
+            if MASKED:
+                v_scale = tl.load(V_SCALE + t, mask=n0 + n < end, other=0.0) * V_GAIN
+            else:
+                v_scale = tl.load(V_SCALE + t) * V_GAIN
         else:
             v_at = V + t[:, None] * D + d[None, :]
         if BD == D:
             k = tl.load(k_at).to(CT)
-            v = tl.load(v_at).to(CT)
         else:
             k = tl.load(k_at, mask=(d < D)[:, None], other=0.0).to(CT)
+        if MASKED and not INTEGER:
+            v = tl.load(v_at, mask=(n0 + n < end)[:, None] & (d < D)[None, :], other=0.0).to(CT)
+        elif BD == D:
+            v = tl.load(v_at).to(CT)
+        else:
             v = tl.load(v_at, mask=(d < D)[None, :], other=0.0).to(CT)
     return k, v, k_scale, v_scale
 
@@ -144,7 +157,7 @@ def decode_kernel(
     table = TABLE + b.to(tl.int64) * s_table
     for n0 in range(lo, hi, BN):
         k, v, k_scale, v_scale = _load_tile(
-            K, V, K_SCALE, V_SCALE, table, hk, n0, hi, HKV, D, BD, PAGE, BN, EIGHT, False, CT
+            K, V, K_SCALE, V_SCALE, table, hk, n0, hi, HKV, D, BD, PAGE, BN, EIGHT, False, CT, True
         )
         visible = n0 + n < hi
         if WINDOW > 0:
@@ -219,18 +232,18 @@ def prefill_kernel(
         diagonal = tl.maximum(diagonal, inside)
         for n0 in range(tl.maximum(first + 1 - WINDOW, 0) // BN * BN, inside, BN):
             k, v, k_scale, v_scale = _load_tile(
-                K, V, K_SCALE, V_SCALE, table, hk, n0, hi, HKV, D, BD, PAGE, BN, EIGHT, TMA, CT
+                K, V, K_SCALE, V_SCALE, table, hk, n0, hi, HKV, D, BD, PAGE, BN, EIGHT, TMA, CT, True
             )
             visible = ((n0 + n)[None, :] <= position) & ((n0 + n)[None, :] > position - WINDOW)
             peak, total, acc = _attend(q, k, v, k_scale, v_scale, visible, peak, total, acc, qs, EIGHT, True)
     for n0 in range(inside, diagonal, BN):  # every row sees the whole tile
         k, v, k_scale, v_scale = _load_tile(
-            K, V, K_SCALE, V_SCALE, table, hk, n0, hi, HKV, D, BD, PAGE, BN, EIGHT, TMA, CT
+            K, V, K_SCALE, V_SCALE, table, hk, n0, hi, HKV, D, BD, PAGE, BN, EIGHT, TMA, CT, False
         )
         peak, total, acc = _attend(q, k, v, k_scale, v_scale, True, peak, total, acc, qs, EIGHT, False)
     for n0 in range(diagonal, hi, BN):
         k, v, k_scale, v_scale = _load_tile(
-            K, V, K_SCALE, V_SCALE, table, hk, n0, hi, HKV, D, BD, PAGE, BN, EIGHT, TMA, CT
+            K, V, K_SCALE, V_SCALE, table, hk, n0, hi, HKV, D, BD, PAGE, BN, EIGHT, TMA, CT, True
         )
         visible = (n0 + n)[None, :] <= position
         if WINDOW > 0:

@@ -5,6 +5,7 @@
     rope_and_cache_write   q and k: RMSNorm per head (optional), rotate pairs (2i, 2i + 1); k and v into their cache
     pages,
                            quantised there if the cache has 8 bits
+    quantise_rows          x in 8 bits with a scale for each row: what an 8-bit matmul reads
 
 All arithmetic is float32, rounded once. Where a 4-bit matmul reads the output it is fp16: out = fp16(y * 2^-out_exp),
 saturating; the matmul multiplies by 2^out_exp. Roofline: bytes over the copy bandwidth; at decode the launch itself.
@@ -60,12 +61,23 @@ def silu_mul_kernel(gate_up, out, out_scale, s_in, s_out, INNER: tl.constexpr, B
 
 @triton.jit
 def _quantise(x, QMAX: tl.constexpr, DTYPE: tl.constexpr, INTEGER: tl.constexpr):
-    """Rows of x [BH, BD] -> 8-bit values, scales [BH]; a row of zeros has scale 0."""
-    scale = tl.max(tl.abs(x), 1) / QMAX
+    """Rows of x [BH, BD] -> 8-bit values, scales [BH]; a row of zeros has scale 0, one that is not finite NaN."""
+    scale = tl.max(tl.abs(x), 1) / QMAX + tl.sum(x * 0.0, 1)  # a maximum alone would drop NaN
     x = tl.div_rn(x, tl.where(scale > 0, scale, 1.0)[:, None])
     if INTEGER:
         x = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to nearest even
     return x.to(DTYPE), scale
+
+
+@triton.jit
+def quantise_rows_kernel(X, out, scales, s_x, s_out, K: tl.constexpr, BLOCK: tl.constexpr, QMAX: tl.constexpr):
+    """One program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)[None, :]
+    x = tl.load(X + row * s_x + i, mask=i < K, other=0.0).to(tl.float32)
+    stored, scale = _quantise(x, QMAX, out.dtype.element_ty, out.dtype.element_ty == tl.int8)
+    tl.store(out + row * s_out + i, stored, mask=i < K)
+    tl.store(scales + row + tl.arange(0, 1), scale)
 
 
 @triton.jit
@@ -192,6 +204,18 @@ def rope_and_cache_write(
         qkv.stride(0), heads, kv_heads, d, page, bh, triton.next_power_of_2(d),
         q_weight is not None, QMAX.get(cache.k.dtype, 0.0), num_warps=max(1, bh * d // 256),
     )  # fmt: skip
+
+
+def quantise_rows(x: torch.Tensor, out: torch.Tensor, scales: torch.Tensor) -> None:
+    """out [M, K] (int8 or fp8) = x [M, K] / scales, rounded to nearest; scales float32 [M, 1]: the row's largest
+    magnitude over 127 or 448. A row of zeros has scale 0."""
+    m, k = x.shape
+    assert out.shape == (m, k) and scales.shape == (m, 1) and scales.is_contiguous(), (x.shape, out.shape, scales.shape)
+    assert x.stride(1) == out.stride(1) == 1
+    block = triton.next_power_of_2(k)
+    quantise_rows_kernel[(m,)](
+        x, out, scales, x.stride(0), out.stride(0), k, block, QMAX[out.dtype], num_warps=min(max(block // 512, 1), 16)
+    )
 
 
 def add_rmsnorm_bytes_and_flops(m: int, h: int, itemsize: int = 2) -> tuple[int, int]:

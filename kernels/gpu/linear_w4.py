@@ -11,20 +11,20 @@ Each weight is rounded once, to RN16(w * 2^-e): relative error of a layer 1.9e-4
 
 Roofline: at small M the weight's bytes, N * K * (1/2 + 4/G), over the memory bandwidth; the tile's loop must then cost
 fewer instructions a weight than the card issues in that time (H100: 4.9 at 4.5 bits, 6.2 at 5 bits). To fill the card
-at small M the K axis is split: the partial sums of a tile go to a workspace and the last program to finish adds them in
-order, so one launch, the same bits every time. Above some hundred rows the matrix rate is the limit and no fused kernel
+at small M the K axis is split (split_k.py). Above some hundred rows the matrix rate is the limit and no fused kernel
 reaches cuBLAS: dequantise once into a scratch buffer and call torch.mm.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu import split_k
+from kernels.gpu.split_k import Tile, Workspace, bucket
 from kernels.gpu.tiles import Gpu, current_gpu, tuned
 from kernels.gpu.w4_layout import W4
 
@@ -126,18 +126,12 @@ def w4a16_kernel(
     """Grid (N / BN, M / BM, split). X fp16, or bf16, which becomes fp16(x * 2^-X_EXP) here."""
     pn = tl.program_id(0)
     pm = tl.program_id(1)
-    ps = tl.program_id(2)
     rm = pm * BM + tl.arange(0, BM)
     rn = pn * BN + tl.arange(0, BN)
     rk = tl.arange(0, BK)
     rows = tl.minimum(pn * (BN // 16) + tl.arange(0, BN // 16), N // 16 - 1)  # N need not be a multiple of BN
     in_m = rm < M
-    low = 0
-    high = K
-    if SPLIT:
-        share = tl.cdiv(tl.cdiv(K, split), BK) * BK
-        low = ps * share
-        high = tl.minimum(low + share, K)
+    low, high = split_k.share_of_k(K, split, BK, SPLIT)
     acc = tl.zeros([BN, BM], tl.float32)
     for k0 in range(low, high, BK):
         w = _weights(words, pairs, k0, rows, s_words, s_pairs, GROUP, ZERO_POINT, BN, BK, KW)
@@ -149,20 +143,7 @@ def w4a16_kernel(
         acc = tl.dot(w, x, acc)
     out = Y + rm[None, :] * s_y + rn[:, None]
     inside = (rn < N)[:, None] & in_m[None, :]
-    if SPLIT:
-        tile = pm * tl.num_programs(0) + pn
-        offsets = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        parts = partials + tile.to(tl.int64) * split * (BN * BM) + offsets
-        tl.store(parts + ps * (BN * BM), acc)
-        tl.debug_barrier()  # every thread's store comes before thread 0's release
-        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == split - 1:
-            acc = tl.zeros([BN, BM], tl.float32)
-            for i in range(split):
-                acc += tl.load(parts + i * (BN * BM), cache_modifier=".cg")
-            tl.store(out, (acc * alpha).to(Y.dtype.element_ty), mask=inside)
-            tl.store(counters + tile, 0)  # for the next launch or graph replay
-    else:
-        tl.store(out, (acc * alpha).to(Y.dtype.element_ty), mask=inside)
+    split_k.store(acc, alpha, out, inside, partials, counters, split, BM, BN, SPLIT)
 
 
 @triton.jit
@@ -180,29 +161,12 @@ def dequantise_kernel(
     tl.store(out, (w.to(tl.float32) * alpha).to(Y.dtype.element_ty), mask=(rn < N)[:, None])
 
 
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """How a product is cut. split: programs along K that share one tile of the output."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    split: int
-    num_warps: int
-    num_stages: int
-
-
 def shared_memory(tile: Tile, group: int) -> int:
     """Bytes of shared memory that the pipelined loads of a tile need; what is left of the card's is not touched by the
     kernel."""
     pair_words = tile.block_n * max(1, tile.block_k // group)
     stage = tile.block_n * tile.block_k // 2 + pair_words * 4 + tile.block_m * tile.block_k * 2
     return stage * tile.num_stages
-
-
-def bucket(m: int) -> int:
-    """The row counts that share a tile: 16, 32, 64, 128, 256 and everything above."""
-    return next((b for b in (16, 32, 64, 128) if m <= b), 256)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -224,32 +188,14 @@ def config(m: int, n: int, k: int, group: int, x_dtype: torch.dtype, gpu: Gpu) -
         block_m, block_n, block_k, warps, stages = 64, 128, 64, 4, 3
     if k % block_k or (block_k % group and group % block_k):
         block_k = 64
-    tiles = -(-max(m, rows) // block_m) * -(-n // block_n)
-    steps = k // block_k
-    programs = (2 if warps == 4 else 1) * gpu.multiprocessors  # that run at a time, at least
-    split = min(steps, -(-programs // tiles), 16)
-    split = -(-steps // -(-steps // split))  # no program without work
-    tile = Tile(block_m, block_n, block_k, split, warps, stages)
-    while shared_memory(tile, group) > gpu.shared_memory - 2048:
-        tile = dataclasses.replace(tile, num_stages=tile.num_stages - 1)
+    tile = Tile(block_m, block_n, block_k, 1, warps, stages)
+    tile = split_k.fit(tile, m, n, k, gpu, lambda tile: shared_memory(tile, group))
     return tuned(gpu, "w4a16", case_name(m, n, k, group, x_dtype), tile)
 
 
 def case_name(m: int, n: int, k: int, group: int, x_dtype: torch.dtype) -> str:
     """The name of a case in the tuned JSON."""
     return f"m{bucket(m)} n{n} k{k} g{group} {str(x_dtype).removeprefix('torch.')}"
-
-
-class Workspace:
-    """Partial sums and counters for products that are split along K; one serves every layer of a stream of launches.
-
-    Counters start at zero and every launch leaves them at zero.
-    """
-
-    def __init__(self, gpu: Gpu, device: torch.device | str) -> None:
-        # config splits fewer than 2 tiles a multiprocessor, into fewer than 4 programs of 64 x 128 or 2 of 128 x 256.
-        self.partials = torch.empty(gpu.multiprocessors * 65536, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(2 * gpu.multiprocessors, dtype=torch.int32, device=device)
 
 
 def w4a16(
@@ -267,11 +213,7 @@ def w4a16(
     tile = tile or config(m, weight.n, k, weight.group, x.dtype, current_gpu())
     assert tile is not None, f"M = {m} is above the cross-over: dequantise and use torch.mm"
     assert k % tile.block_k == 0 and weight.n % 16 == 0, (weight.n, k, tile)
-    grid = (-(-weight.n // tile.block_n), -(-m // tile.block_m), tile.split)
-    tiles = grid[0] * grid[1]
-    if tile.split > 1:
-        assert tiles <= workspace.counters.numel(), (tiles, tile)
-        assert tiles * tile.split * tile.block_n * tile.block_m <= workspace.partials.numel(), (tiles, tile)
+    grid = split_k.grid_of(tile, m, weight.n, workspace)
     bf16 = x.dtype == torch.bfloat16
     w4a16_kernel[grid](
         x, weight.words, weight.pairs, out, workspace.partials, workspace.counters,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,10 @@ def test_a_server_from_start_to_first_token(random_checkpoint: Callable[..., Pat
     run = cold_start.measure(["--model", str(model), "--kv-cache-tokens", "8192"])
     assert 0 < run["ready_seconds"] < run["first_token_seconds"]
     assert 50e6 < run["proportional_bytes"] <= run["resident_bytes"]
+    stages = run["stages"]
+    assert list(stages) == ["front end", "libraries", "checkpoint", "device", "weights", "warm-up", "calibration"]
+    assert sum(stages.values()) == pytest.approx(run["ready_seconds"]) and min(stages.values()) >= 0
+    assert stages["libraries"] > 0.1 and stages["weights"] > 0
     assert run["processes"] == 3  # HTTP, the engine, and what renders chat templates
 
 
@@ -45,6 +50,13 @@ def test_a_server_that_does_not_start_is_an_error() -> None:
 
 
 def test_targets_are_judged() -> None:
-    run = {"ready_seconds": 3.0, "first_token_seconds": 3.5, "resident_bytes": 1.2e9, "proportional_bytes": 9e8}
+    run: dict[str, Any] = {
+        "ready_seconds": 3.0,
+        "first_token_seconds": 3.5,
+        "resident_bytes": 1.2e9,
+        "proportional_bytes": 9e8,
+    }
+    run["stages"] = {"libraries": 2.0, "kernels": 0.5, "weights": 1.6}
     text = cold_start.render([run])
     assert "below 8 s: met" in text and "below 1000 MB: missed" in text
+    assert "2.5 s: kept" in text and "1.5 s: exceeded" in text and "| kernels" in text

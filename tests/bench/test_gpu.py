@@ -33,8 +33,8 @@ def test_dry_run_goes_to_its_end(tmp_path: Path) -> None:
     assert not unfinished
     checked = [row for name, section in kept["sections"].items() if name.startswith("check") for row in section["rows"]]
     assert {row["kernel"] for row in checked} == {
-        "w4a16", "dequant_w4", "decode", "prefill", "add_rmsnorm", "silu_mul", "rope_and_cache_write", "sample",
-        "logprobs",
+        "w4a16", "dequant_w4", "w8a16", "w8a8", "decode", "prefill", "add_rmsnorm", "silu_mul", "rope_and_cache_write",
+        "sample", "logprobs",
     }  # fmt: skip
     assert all(row["error"] <= row["allowed"] for row in checked)
     assert all(row["equal"] for row in kept["sections"]["graph equals eager"]["rows"])

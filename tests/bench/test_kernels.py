@@ -186,23 +186,24 @@ def test_tuning_descends_to_the_fastest_that_works() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton runs on Linux")
 def test_tuned_tiles_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels.gpu import attention, linear_w4, tiles
+    from kernels.gpu import attention, linear_w4, linear_w8, tiles
 
     monkeypatch.setattr(tiles, "TUNED", tmp_path)
     chosen = [kernel_cases.decode(kernel_cases.YI_6B, (8192,)), kernel_cases.linear(TINY, "qkv", 16, "Q4_1")]
+    chosen += kernel_cases.eight_bit(TINY, "qkv", (16,), ("int8 row",))
     entries: dict[str, dict[str, object]] = {}
     for case, name, tile in tune.named(chosen, tiles.H100):
         better = dataclasses.asdict(dataclasses.replace(tile, num_stages=7))
         entries.setdefault(case.kernel, {})[name] = {"tile": better, "us": 1.0}
     tiles.tuned_path(tiles.H100.name).write_text(json.dumps(entries))
-    for cache in (tiles._measured, linear_w4.config):
+    for cache in (tiles._measured, linear_w4.config, linear_w8.config):
         cache.cache_clear()
     try:
         found = [tile for _, _, tile in tune.named(chosen, tiles.H100)]
-        assert [tile.num_stages for tile in found] == [7, 7]
+        assert [tile.num_stages for tile in found] == [7] * 4
         assert attention.decode_config(32, 4, 128, 16, torch.bfloat16, tiles.H100).num_stages != 7
     finally:
-        for cache in (tiles._measured, linear_w4.config):
+        for cache in (tiles._measured, linear_w4.config, linear_w8.config):
             cache.cache_clear()
 
 

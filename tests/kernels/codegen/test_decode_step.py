@@ -19,7 +19,7 @@ from engine.core.gpu_runner import GpuRunner
 from engine.core.loop import EngineCore
 from engine.messages import EngineOptions, Request, SamplingParams
 from engine.scheduling.scheduler import Scheduler
-from kernels.gpu import attention, fused, linear_w4, sample, tiles
+from kernels.gpu import attention, fused, linear_w4, linear_w8, sample, tiles
 from tests.kernels.support import fake_driver
 
 KERNELS = (
@@ -29,6 +29,7 @@ KERNELS = (
     fused.rope_kernel,
     fused.silu_mul_kernel,
     linear_w4.w4a16_kernel,
+    linear_w8.w8_kernel,
     sample.sample_kernel,
 )
 SILENT = (  # views, and memory that is only reserved
@@ -93,12 +94,12 @@ def decode(core: EngineCore, batch: int, driver: fake_driver.FakeDriver) -> Coun
     return counted
 
 
-@pytest.mark.parametrize("kind", ["Q4_1", "BF16"])
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "BF16"])
 def test_nine_launches_a_layer(driver: fake_driver.FakeDriver, kind: str) -> None:
-    """norm, qkv, rope and cache, attention, o, norm, gate and up, silu, down; 4-bit matmuls are ours."""
+    """norm, qkv, rope and cache, attention, o, norm, gate and up, silu, down; quantised matmuls are ours."""
     two, three = (decode(core_of(layers, kind), 3, driver) for layers in (2, 3))
     layer = three - two
-    matmul = {"w4a16_kernel": 4} if kind == "Q4_1" else {"matmul": 4}
+    matmul = {{"Q4_1": "w4a16_kernel", "Q8_0": "w8_kernel"}.get(kind, "matmul"): 4}
     assert layer == {"add_rmsnorm_kernel": 2, "rope_kernel": 1, "decode_kernel": 1, "silu_mul_kernel": 1} | matmul
     assert sum(layer.values()) <= 9
     # Outside of the layers: inputs and the fed token, embedding, last norm, head, sampling, the tokens' way back.

@@ -1,4 +1,4 @@
-"""Attention kernels against the float32 oracle: NaN in foreign pages, stale values behind every sequence's end."""
+"""Attention kernels against the float32 oracle: NaN in foreign pages, and in own ones behind a sequence's end."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def make(
     for b, n in enumerate(kv_lens):
         own = [order.pop() for _ in range(needed[b])]
         table[b, : len(own)] = torch.tensor(own, dtype=torch.int32) - 1
-        if n % block_size:  # stale rows: finite, as pages always are, and large enough to be seen
-            k[own[-1], :, n % block_size :] *= 8
-            v[own[-1], :, n % block_size :] = 300.0
+        if n % block_size:  # stale rows, as a request leaves them whose output was not finite
+            k[own[-1], :, n % block_size :] = NAN
+            v[own[-1], :, n % block_size :] = NAN
     pages = kv_cache.pack(k, v, cache)
     for tensor in (pages.k, pages.v, pages.k_scale, pages.v_scale):
         if tensor is not None and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
