@@ -32,8 +32,9 @@ def difference(checkpoint: Checkpoint, dtype: str, monkeypatch: pytest.MonkeyPat
     reference = core_of(checkpoint, Runner, max_model_len=64).runner
     assert isinstance(core.runner, GpuRunner) and isinstance(reference, Runner)
     mine, theirs = (torch.cat([r.logits(TOKENS[:6]), r.logits(TOKENS[6:], 6)]) for r in (core.runner, reference))
-    outputs = generate(core, [[5, 9], [4]], SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True))
-    assert [len(tokens_of(o)) for o in outputs] == [2, 2]
+    if checkpoint.quantization == "W8A8":  # whole steps, once: slow in the interpreter
+        outputs = generate(core, [[5, 9], [4]], SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True))
+        assert [len(tokens_of(o)) for o in outputs] == [2, 2]
     return ((mine - theirs).norm() / theirs.norm()).item()
 
 
@@ -46,7 +47,7 @@ def _only_what_is_dense(dense: Callable[..., torch.Tensor]) -> Callable[..., tor
     return checked
 
 
-KERNELS = ["gptq 8 act-order", "w8a16 channel", "w8a16 group asym", "w8a16 int", "fp8 channel", "fp8 block", "w8a8"]
+KERNELS = ["gptq 8 act-order", "w8a16 channel", "w8a16 group asym", "fp8 channel", "fp8 block", "w8a8"]
 
 
 @pytest.mark.parametrize("kind", KERNELS)
@@ -60,7 +61,7 @@ def test_as_the_cpu(
     assert difference(checkpoint, dtype, monkeypatch) < allowed
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
 def test_gguf(random_checkpoint: Callable[..., Path], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
     checkpoint = open_checkpoint(str(random_checkpoint(**shape)))
@@ -68,7 +69,7 @@ def test_gguf(random_checkpoint: Callable[..., Path], kind: str, monkeypatch: py
     for name, tensor in tensors.items():
         if len(tensor.shape) == 2:
             n, k = tensor.shape
-            raw = blocks(kind, n, k // (32 if kind == "Q8_0" else 256))
+            raw = blocks(kind, n, k // 256)
             tensors[name] = StoredTensor(name, kind, tensor.shape, raw.numpy())
     checkpoint = dataclasses.replace(checkpoint, tensors=tensors, quantization=kind)
     assert difference(checkpoint, "auto", monkeypatch) < 1e-2
