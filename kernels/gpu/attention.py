@@ -48,8 +48,7 @@ def _load_tile(
     """Keys [BD, BN], values [BN, BD] and their scales [BN] for tokens n0 .. n0 + BN of one sequence and KV head.
 
     MASKED: values from token `end` on read as zero. Their probabilities are zero, but what an earlier owner of the page
-    has left there may be NaN."""
-    INTEGER: tl.constexpr = not TMA and V.dtype.element_ty == tl.int8  # never NaN
+    has left there may be NaN; in 8-bit caches only in its scale."""
     n = tl.arange(0, BN)
     d = tl.arange(0, BD)
     k_scale = tl.full([BN], 1.0, tl.float32)
@@ -86,7 +85,7 @@ def _load_tile(
             k = tl.load(k_at).to(CT)
         else:
             k = tl.load(k_at, mask=(d < D)[:, None], other=0.0).to(CT)
-        if MASKED and not INTEGER:
+        if MASKED and not EIGHT:
             v = tl.load(v_at, mask=(n0 + n < end)[:, None] & (d < D)[None, :], other=0.0).to(CT)
         elif BD == D:
             v = tl.load(v_at).to(CT)

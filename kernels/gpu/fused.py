@@ -61,9 +61,11 @@ def silu_mul_kernel(gate_up, out, out_scale, s_in, s_out, INNER: tl.constexpr, B
 
 @triton.jit
 def _quantise(x, QMAX: tl.constexpr, DTYPE: tl.constexpr, INTEGER: tl.constexpr):
-    """Rows of x [BH, BD] -> 8-bit values, scales [BH]; a row of zeros has scale 0, one that is not finite NaN."""
+    """Rows of x [BH, BD] -> 8-bit values, scales [BH]. A row of zeros has scale 0, one that is not finite has NaN: no
+    value is NaN."""
     scale = tl.max(tl.abs(x), 1) / QMAX + tl.sum(x * 0.0, 1)  # a maximum alone would drop NaN
     x = tl.div_rn(x, tl.where(scale > 0, scale, 1.0)[:, None])
+    x = tl.where(x == x, x, 0.0)
     if INTEGER:
         x = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to nearest even
     return x.to(DTYPE), scale

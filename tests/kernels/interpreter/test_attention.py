@@ -63,6 +63,9 @@ def make(
             k[own[-1], :, n % block_size :] = NAN
             v[own[-1], :, n % block_size :] = NAN
     pages = kv_cache.pack(k, v, cache)
+    if cache == torch.float8_e4m3fn:  # the kernel that writes them leaves NaN in scales alone
+        for tensor in (pages.k, pages.v):
+            tensor.view(torch.uint8)[tensor.float().isnan()] = 0x55
     for tensor in (pages.k, pages.v, pages.k_scale, pages.v_scale):
         if tensor is not None and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):
             tensor[[0, *order]] = NAN

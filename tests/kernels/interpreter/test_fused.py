@@ -137,6 +137,19 @@ def test_zero_rows_quantise_to_zero() -> None:
     assert not cache.k.any() and not cache.v.any() and (cache.k_scale[0, :, 0] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", (torch.int8, torch.float8_e4m3fn))
+def test_a_row_that_is_not_finite_shows_in_its_scale(dtype: torch.dtype) -> None:
+    """And nowhere else: attention masks the scales of an 8-bit cache alone."""
+    cache = kv_cache.allocate(1, 2, 16, 64, dtype)
+    qkv = torch.ones(1, 6 * 64)
+    qkv[0, 3 * 64], qkv[0, 5 * 64] = float("nan"), float("inf")  # in k and in v of the second head
+    fused.rope_and_cache_write(qkv, torch.zeros(1).int(), torch.zeros(1).int(), cos_sin_table(1, 64), cache, 2)
+    assert cache.k_scale is not None and cache.v_scale is not None
+    for scale in (cache.k_scale, cache.v_scale):
+        assert scale[0, 1, 0].isnan() and scale[0, 0, 0].isfinite()
+    assert cache.k.float().isfinite().all() and cache.v.float().isfinite().all()
+
+
 def test_row_is_the_same_alone_and_in_a_batch() -> None:
     x, residual, weight = normal(5, 576).half(), normal(5, 576, seed=1).bfloat16(), normal(576, seed=2)
     together, alone = torch.empty(5, 576).half(), torch.empty(1, 576).half()
