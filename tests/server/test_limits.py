@@ -95,7 +95,7 @@ def exchange(server: LiveServer, *pieces: bytes, pause: float = 0.0) -> bytes:
 
 
 def head(*headers: str, method: str = "POST /v1/completions") -> bytes:
-    return "\r\n".join([f"{method} HTTP/1.1", "Host: x", *headers, "", ""]).encode()
+    return "\r\n".join([f"{method} HTTP/1.1", "Host: localhost", *headers, "", ""]).encode()
 
 
 JSON_BODY = ("Content-Type: application/json", "Content-Length: 1000")

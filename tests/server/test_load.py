@@ -80,7 +80,7 @@ def test_32_mixed_streams_some_cancelled(exact: LiveServer) -> None:
 def leave(server: LiveServer, body: dict[str, Any]) -> None:
     """Post `body` over a bare socket, wait until it runs, and hang up."""
     data = json.dumps({"prompt": "Count to a thousand:", "max_tokens": 480, "ignore_eos": True, **body}).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(data)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.settings.port)) as connection:
         connection.sendall(head.encode() + data)
@@ -108,7 +108,7 @@ def test_a_client_that_leaves_frees_its_blocks(server: LiveServer) -> None:
 def test_slow_readers_and_half_open_sockets_hold_their_own_place_only(server: LiveServer) -> None:
     """Who does not read keeps no block; who does not finish its request has no place either."""
     body = {"prompt": "Once upon a time", "max_tokens": 40, "ignore_eos": True, "stream": True, "logprobs": 5}
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     data = json.dumps(body).encode()
     whole = head + f"Content-Length: {len(data)}\r\n\r\n".encode() + data
     with contextlib.ExitStack() as open_sockets:
