@@ -9,10 +9,11 @@ from collections.abc import Callable
 import torch
 
 from bench.kernel_cases import EIGHT_BITS, Case
-from bench.operations import Operation, Place, Rounding, add_baseline, relative
+from bench.operations import Operation, Place, Rounding, add_baseline, elementwise, relative
 from bench.timing import Call, copies
 from kernels.formats import Weight, dequantize
 from kernels.gpu import linear_w8
+from kernels.gpu.fused import quantise_rows
 from kernels.gpu.split_k import Workspace
 from kernels.gpu.tiles import current_gpu
 from kernels.oracle import linear_w8 as oracle
@@ -75,6 +76,51 @@ def prepare(case: Case, place: Place) -> Operation:
         add_baseline(operation, place, "torch._scaled_mm", lambda: _scaled_mm(m, weights, place))
     elif m <= SMALL_M and packed.per_row and packed.q.dtype == torch.int8 and place.device.type == "cuda":
         add_baseline(operation, place, "torch int8", lambda: _int8pack_mm(x, weights))
+    return operation
+
+
+def dequant_w8(case: Case, place: Place) -> Operation:
+    """What w8a16 does first at many rows."""
+    weight = random_weight(case, place)
+    packed = linear_w8.pack(weight, current_gpu().capability)
+    weights = [packed] + [_copy(packed) for _ in range(copies(packed.bytes, place.cache_bytes) - 1)]
+    out = torch.empty(packed.n, packed.k, dtype=torch.float16, device=place.device)
+
+    def error() -> tuple[float, float]:
+        out.fill_(NAN)
+        linear_w8.dequant_w8(packed, out)
+        return elementwise(out, dequantize(weight))
+
+    calls: list[Call] = [functools.partial(linear_w8.dequant_w8, w, out) for w in weights]
+    operation = Operation(calls, packed.bytes + out.nbytes, 2 * out.numel(), "float32", error)
+    add_baseline(operation, place, "torch eager", lambda: [functools.partial(_dequantised, w) for w in weights])
+    return operation
+
+
+def _dequantised(weight: linear_w8.W8) -> torch.Tensor:
+    """Right for bytes that are numbers, which float8 on GPUs without it is not: that takes as long."""
+    groups = weight.q.unflatten(1, (-1, weight.group)).float() * weight.d[..., None]
+    return (groups if weight.m is None else groups + weight.m[..., None]).flatten(1).half()
+
+
+def rows_in_eight_bits(case: Case, place: Place) -> Operation:
+    """What w8a8 does first."""
+    m, k, dtype = case.rows, case.shape.hidden, getattr(torch, case.dtype)
+    cost = m * k * 3 + 4 * m, 4 * m * k
+    x = place.normal(copies(cost[0], place.cache_bytes, 64), m, k, dtype=torch.float16)
+    out = torch.empty(m, k, dtype=dtype, device=place.device)
+    scales = torch.empty(m, 1, dtype=torch.float32, device=place.device)
+
+    def error() -> tuple[float, float]:
+        scales.fill_(NAN)
+        quantise_rows(x[0], out, scales)
+        q, d = oracle.quantise_rows(x[0], dtype)
+        return relative(out.float() * scales, q.float() * d), 1e-3  # a tie may fall to either side
+
+    calls: list[Call] = [functools.partial(quantise_rows, one, out, scales) for one in x]
+    operation = Operation(calls, *cost, "float32", error)
+    eager = functools.partial(oracle.quantise_rows, dtype=dtype)
+    add_baseline(operation, place, "torch eager", lambda: [functools.partial(eager, one) for one in x])
     return operation
 
 

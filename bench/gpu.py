@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import results as kept
+from bench.kernel_cases import FLOAT8
 from bench.machine import commit
 from bench.report import markdown_table, write_json
 
@@ -170,9 +171,9 @@ def _child(section: Section, folder: Path, dry: bool) -> None:
             write_json(_path(folder, section), found | result | {"complete": False})
         done: Result = {"complete": "not_run" not in result}
     except Exception as error:
-        from bench.operations import reason
+        from bench.operations import outcome
 
-        done = {"complete": False, "not_finished": reason(error)}
+        done = {"complete": False} | {key.replace("failed", "not_finished"): why for key, why in outcome(error).items()}
     found |= result | done | {"seconds": time.monotonic() - started}
     write_json(_path(folder, section), found)
 
@@ -217,6 +218,7 @@ def wrong(results: dict[str, Result]) -> list[str]:
     ]
     different = [row for row in rows_of(results, "graph equals eager") if row.get("equal") is False]
     found += [f"{row['model']}: graphs and eager execution differ from token {row['first']} on" for row in different]
+    found += [f"{row['name']}: {row['failed']}" for row in rows_of(results, "") if "name" in row and "failed" in row]
     return found + [f"{name}: {r['not_finished']}" for name, r in results.items() if "not_finished" in r]
 
 
@@ -268,6 +270,8 @@ def report(results: dict[str, Result], dry: bool) -> str:
         if "not_run" in entry
     }
     lines += [f"not run: {name}: {why}" for name, why in reasons]
+    if tuple(results["machine"].get("capability", FLOAT8)) < FLOAT8:
+        lines.append("not run: float8 caches and products, for which this GPU has no instructions (sm_89 and later do)")
     lines += [f"not run: {name}: {r['not_run']}" for name, r in results.items() if "not_run" in r]
     lines += [f"cut short: {name}: {r['cut_short']}" for name, r in results.items() if "cut_short" in r]
     lines += [f"not run: {row['name']}: {row['not_run']}" for row in rows_of(results, "") if "not_run" in row]

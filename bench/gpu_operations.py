@@ -344,6 +344,8 @@ KERNELS: dict[str, Prepare] = {
     "dequant_w4": dequant_w4,
     "w8a16": eight_bit_operations.prepare,
     "w8a8": eight_bit_operations.prepare,
+    "dequant_w8": eight_bit_operations.dequant_w8,
+    "quantise_rows": eight_bit_operations.rows_in_eight_bits,
     "decode": attention_operations.decode,
     "prefill": attention_operations.prefill,
     "add_rmsnorm": add_rmsnorm,

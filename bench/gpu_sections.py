@@ -19,7 +19,7 @@ from bench import gpu_operations, kernel_cases, kernels, results
 from bench import step as decode_step
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.kernel_cases import Case
-from bench.operations import Place, reason
+from bench.operations import Place, outcome, reason
 
 Result = dict[str, Any]
 Run = Callable[[bool, Path], Iterator[Result]]
@@ -28,7 +28,8 @@ DUMMIES = (
 )  # fmt: skip
 LADDERS = ("llama-3-8b", "yi-34b")
 FAMILIES = {
-    "w4a16": "w4", "dequant_w4": "w4", "w8a16": "w8", "w8a8": "w8", "decode": "attention", "prefill": "attention",
+    "w4a16": "w4", "dequant_w4": "w4", "w8a16": "w8", "w8a8": "w8", "dequant_w8": "w8",
+    "quantise_rows": "w8", "decode": "attention", "prefill": "attention",
 }  # fmt: skip
 WANTED = {("llama-3-8b", 1): 170.0, ("llama-3-8b-w4a16", 1): 430.0}  # tokens a second; the head is in 16 bits
 PROMPT, NEW = 128, 128
@@ -53,6 +54,7 @@ def machine(dry: bool, folder: Path) -> Iterator[Result]:
     yield {
         "device": torch.cuda.get_device_name(),
         "driver": driver,
+        "capability": torch.cuda.get_device_capability(),
         "l2_bytes": kernels.l2_bytes(),
         "memory": torch.cuda.get_device_properties(0).total_memory,
         "versions": found | {"cuda": torch.version.cuda},
@@ -84,7 +86,10 @@ def timing(family: str) -> Run:
 
 
 def _cases(dry: bool, family: str, cases: list[Case]) -> list[Case]:
-    cases = kernel_cases.dry() if dry else list(dict.fromkeys(cases))
+    if dry:
+        cases = kernel_cases.dry()
+    else:
+        cases = kernel_cases.possible(dict.fromkeys(cases), torch.cuda.get_device_capability())
     return [case for case in cases if FAMILIES.get(case.kernel, "other") == family]
 
 
@@ -127,7 +132,7 @@ def graph_equals_eager(dry: bool, folder: Path) -> Iterator[Result]:
             same = [a == b for a, b in zip(*texts, strict=True)]
             rows.append({"model": model, "equal": all(same), "first": same.index(False) if False in same else None})
         except Exception as error:
-            rows.append({"name": f"graph equals eager, {model}", "not_run": reason(error)})
+            rows.append({"name": f"graph equals eager, {model}"} | outcome(error))
         yield {"rows": rows}
     if all("not_run" in row for row in rows):
         yield {"not_run": rows[0]["not_run"]}
@@ -149,7 +154,7 @@ def end_to_end(dry: bool, folder: Path) -> Iterator[Result]:
             del engine
             _free()
         except Exception as error:
-            rows.append({"name": name, "not_run": reason(error)})
+            rows.append({"name": name} | outcome(error))
             yield {"rows": rows}
     if all("not_run" in row for row in rows):
         yield {"not_run": rows[0]["not_run"]}

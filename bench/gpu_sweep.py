@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import seeds
-from bench.operations import reason
+from bench.operations import outcome
 
 Result = dict[str, Any]
 SHAPES = ("llama-3-8b-w4a16", "llama-3-8b-fp8", "yi-34b-w4a16", "yi-34b-fp8")
@@ -46,7 +46,7 @@ def sweep(shape: str) -> Callable[[bool, Path], Iterator[Result]]:
                 measured(engine, [(text, min(new, 8)) for text, _ in prompts], f"warm-{batch}", None)
                 found = measured(engine, prompts, str(batch), price)
             except Exception as error:
-                rows.append({"name": name, "not_run": reason(error)})
+                rows.append({"name": name} | outcome(error))
                 break
             money = found["usd_per_million_tokens"]
             rows.append({

@@ -46,6 +46,8 @@ EIGHT_BITS = {
     "fp8 block": ("fp8", 128, False),
 }  # fmt: skip
 PER_ROW = ("int8 row", "fp8 row")
+ROUNDED = ("int8", "float8_e4m3fn")  # what w8a8 makes of its activations
+FLOAT8 = (8, 9)  # the first compute capability with float8 arithmetic
 LARGE = 64 << 20  # weights: layers from here on have a target of their own
 
 
@@ -83,6 +85,16 @@ class Case:
             words.append(f"M{self.rows}")
         words += [f"{name} {value:g}" for name, value in self.options]
         return " ".join(word for word in words if word)
+
+    @property
+    def float8(self) -> bool:
+        """Whether the kernel needs the instructions of float8 (sm_89); weights alone are read without."""
+        return self.dtype == "float8_e4m3fn" or (self.kernel == "w8a8" and self.dtype.startswith("fp8"))
+
+
+def possible(cases: Iterable[Case], capability: tuple[int, int]) -> list[Case]:
+    """Those that a GPU of this capability has the instructions for."""
+    return [case for case in cases if capability >= FLOAT8 or not case.float8]
 
 
 def linear(shape: Shape, layer: str, rows: int, weights: str) -> Case:
@@ -142,6 +154,8 @@ def full() -> list[Case]:
         cases += [Case("sample", shape, m, "float32", options=o) for m in (1, 16, 64) for o in SAMPLING]
         cases += [Case("logprobs", shape, m, "float32") for m in (1, 64)]
         cases += [Case("dequant_w4", shape, 0, weights[-1], layer) for layer in shape.linears]
+        cases += [Case("dequant_w8", shape, 0, "Q6_K", layer) for layer in shape.linears]
+        cases += [Case("quantise_rows", shape, m, dtype) for dtype in ROUNDED for m in (1, 64, 4096)]
     return cases
 
 
@@ -154,6 +168,8 @@ def short() -> list[Case]:
     small += [linear(SMOLLM2, layer, m, "Q4_1") for layer in SMOLLM2.linears for m in (1, 16, 256)]
     eight = eight_bit(LLAMA_3_8B, "gate_up", (1, 16, 64, 256, 1024))
     eight += eight_bit(LLAMA_3_8B, "gate_up", (1, 16), ("Q6_K", "fp8 block"))
+    eight += [Case("dequant_w8", LLAMA_3_8B, 0, "Q6_K", "gate_up")]
+    eight += [Case("quantise_rows", LLAMA_3_8B, m, dtype) for dtype in ROUNDED for m in (1, 1024)]
     lens = ((128, 1), (1024, 1), (8192, 1), (32768, 1), (1024, 64), (8192, 16))
     attention = [decode(LLAMA_3_8B, (context,) * batch) for context, batch in lens]
     attention += [decode(LLAMA_3_8B, (8192,) * 16, dtype) for dtype in ("int8", "float8_e4m3fn")]
@@ -183,6 +199,8 @@ def checks() -> list[Case]:
     for shape, layer in ((SMOLLM2, "down"), (awkward, "qkv")):
         formats = EIGHT_BITS if shape is SMOLLM2 else (*PER_ROW, "Q5_K")
         cases += eight_bit(shape, layer, (1, 17, 100, 900), formats)
+        cases += [Case("dequant_w8", shape, 0, name, layer) for name in formats]
+        cases += [Case("quantise_rows", shape, m, dtype) for dtype in ROUNDED for m in (1, 333)]
     for dtype in ("bfloat16", "float16", "float32"):
         for shape in (SMOLLM2, awkward):
             cases += [Case(kernel, shape, m, dtype) for kernel in FUSED for m in (1, 5, 333)]
@@ -197,6 +215,8 @@ def dry() -> list[Case]:
     """Every kernel once, small enough for Triton's interpreter, which as shipped is right for float16 and float32."""
     cases = [linear(TINY, "qkv", m, "Q4_1") for m in (1, 900)] + [linear(TINY, "o", 3, "Q4_1")]
     cases += eight_bit(TINY, "qkv", (3, 900), ("int8 row", "Q6_K"))
+    cases += [Case("w8a16", TINY, 3, "fp8 row", "qkv"), Case("dequant_w8", TINY, 0, "Q5_K", "qkv")]
+    cases += [Case("quantise_rows", TINY, 2, "int8"), decode(TINY, (70, 5), "float8_e4m3fn")]
     cases += [decode(TINY, (70, 0, 5), "float16"), decode(TINY, (40, 40), "float16")]
     cases += [prefill(TINY, (20, 5), (20, 40), "float16"), prefill(TINY, (40,), dtype="float16")]
     cases += [Case(kernel, TINY, 2, "float16") for kernel in FUSED]

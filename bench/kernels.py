@@ -76,7 +76,8 @@ def choose(flex: bool = False, threads: int | None = None) -> tuple[Place, Prepa
 
 def cases_for(device: torch.device, quick: bool) -> list[Case]:
     if device.type == "cuda":
-        return kernel_cases.short() if quick else kernel_cases.full()
+        cases = kernel_cases.short() if quick else kernel_cases.full()
+        return kernel_cases.possible(cases, torch.cuda.get_device_capability(device))
     return [case for case in kernel_cases.cpu() if not quick or case.rows == 1]
 
 

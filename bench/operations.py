@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from bench.kernel_cases import Case
 from bench.timing import Call
 
+OWN = ("bench", "engine", "kernels", "seeds", "server")
 Rounding = {torch.float32: 2.0**-21, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # relative, of one rounding
 
 
@@ -73,6 +75,19 @@ def reason(error: BaseException) -> str:
     """One line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
+
+
+def outcome(error: Exception) -> dict[str, str]:
+    """{"not_run": why} where a machine lacks something: a library, a model's files, memory. Anything else is
+    {"failed": why}."""
+    engine = sys.modules.get("engine.errors")  # the engine's libraries may be missing; then its errors are not these
+    if isinstance(error, ModuleNotFoundError):
+        lacking = (error.name or "").partition(".")[0] not in OWN
+    elif engine is not None and isinstance(error, (engine.CheckpointError, engine.CapacityError)):
+        lacking = True
+    else:
+        lacking = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return {"not_run" if lacking else "failed": reason(error)}
 
 
 def largest(*values: float) -> float:

@@ -61,7 +61,7 @@ def from_hugging_face(name: str) -> str | None:
 def split_fused(tensor: StoredTensor, config: ModelConfig) -> list[StoredTensor]:
     """Phi-3 stores q, k, v as one matrix and gate, up as another: their rows, as the tensors they are elsewhere.
 
-    So with what a quantised one is made of, where that lies in rows (compressed-tensors, FP8)."""
+    So with what a quantised one is made of: in AWQ and GPTQ files rows of the matrix lie in columns."""
     prefix, _, last = tensor.name.rpartition(".")
     prefix, _, part = prefix.rpartition(".")
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -73,21 +73,23 @@ def split_fused(tensor: StoredTensor, config: ModelConfig) -> list[StoredTensor]
     if rows is None:
         return [tensor]
     names = [f"{prefix}.{name}.{last}" for name in rows]
-    if last != "weight" and math.prod(tensor.shape) <= 2:  # weight_shape, or a scale for all
+    if last.endswith("g_idx") or (last != "weight" and math.prod(tensor.shape) <= 2):  # weight_shape, a scale for all
         return [dataclasses.replace(tensor, name=name) for name in names]
-    unit = sum(rows.values()) // max(1, tensor.shape[0])  # rows of the matrix in one of this tensor
-    if unit * tensor.shape[0] != sum(rows.values()) or any(count % unit for count in rows.values()):
+    before = tensor.shape[: 1 if last in ("qweight", "qzeros", "scales") else 0]
+    after = tensor.shape[len(before) :] or (0,)
+    unit = sum(rows.values()) // max(1, after[0])  # rows of the matrix in one of this tensor
+    if unit * after[0] != sum(rows.values()) or any(count % unit for count in rows.values()):
         return [tensor]
-    parts, row, size = [], 0, tensor.nbytes // tensor.shape[0]
+    parts, row = [], 0
     for name, count in zip(names, (count // unit for count in rows.values()), strict=True):
-        source = functools.partial(_rows, tensor, row * size, (row + count) * size)
-        parts.append(dataclasses.replace(tensor, name=name, shape=(count, *tensor.shape[1:]), source=source))
+        source = functools.partial(_slice, tensor, (*before, after[0], -1), row, row + count)
+        parts.append(dataclasses.replace(tensor, name=name, shape=(*before, count, *after[1:]), source=source))
         row += count
     return parts
 
 
-def _rows(tensor: StoredTensor, start: int, end: int) -> npt.NDArray[np.uint8]:
-    return tensor.data[start:end]
+def _slice(tensor: StoredTensor, shape: tuple[int, ...], start: int, end: int) -> npt.NDArray[np.uint8]:
+    return tensor.data.reshape(shape)[..., start:end, :]
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

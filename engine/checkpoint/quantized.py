@@ -163,11 +163,17 @@ def join_parts(
 ) -> dict[str, StoredTensor]:
     """The tensors of a folder with those that make up one quantised weight joined under the weight's name.
 
-    A linear that is there as one float tensor is dense. Raises CheckpointError naming a part that is missing, of a
-    wrong type or of a wrong shape.
+    A linear that is there as one float tensor is dense. AutoGPTQ writes a bias of zeros for every linear: those that
+    the config does not know are left out. Raises CheckpointError naming a part that is missing, of a wrong type or of a
+    wrong shape.
     """
-    tensors = dict(tensors)
-    for name, shape in expected_shapes(config).items():
+    shapes_of = expected_shapes(config)
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if scheme is None or name in shapes_of or not name.endswith(".bias") or tensor.data.any()
+    }
+    for name, shape in shapes_of.items():
         stem = name.removesuffix("weight")
         if len(shape) != 2 or (name in tensors and tensors[name].dtype in FLOATS) or scheme is None:
             continue

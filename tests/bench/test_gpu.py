@@ -33,8 +33,8 @@ def test_dry_run_goes_to_its_end(tmp_path: Path) -> None:
     assert not unfinished
     checked = [row for name, section in kept["sections"].items() if name.startswith("check") for row in section["rows"]]
     assert {row["kernel"] for row in checked} == {
-        "w4a16", "dequant_w4", "w8a16", "w8a8", "decode", "prefill", "add_rmsnorm", "silu_mul", "rope_and_cache_write",
-        "sample", "logprobs",
+        "w4a16", "dequant_w4", "w8a16", "w8a8", "dequant_w8", "quantise_rows", "decode", "prefill", "add_rmsnorm",
+        "silu_mul", "rope_and_cache_write", "sample", "logprobs",
     }  # fmt: skip
     assert all(row["error"] <= row["allowed"] for row in checked)
     assert all(row["equal"] for row in kept["sections"]["graph equals eager"]["rows"])
@@ -77,6 +77,21 @@ def _hangs(dry: bool, folder: Path) -> Iterator[dict[str, Any]]:
     yield {"value": 2}
 
 
+def _lacks_memory(dry: bool, folder: Path) -> Iterator[dict[str, Any]]:
+    yield {"value": 1}
+    raise torch.OutOfMemoryError("3 GiB")
+
+
+def _lacks_a_library(dry: bool, folder: Path) -> Iterator[dict[str, Any]]:
+    yield {"value": 1}
+    import no_such_library  # noqa: F401
+
+
+def _lacks_our_own(dry: bool, folder: Path) -> Iterator[dict[str, Any]]:
+    yield {"value": 1}
+    import kernels.no_such_part  # noqa: F401
+
+
 def _absent(dry: bool, folder: Path) -> Iterator[dict[str, Any]]:
     yield {"not_run": "no such library"}
 
@@ -88,6 +103,9 @@ def test_sections_fail_alone_and_keep_what_they_have(tmp_path: Path, monkeypatch
         Section("raises", _raises, 50, together=True),
         Section("dies", _dies, 50, together=True),
         Section("absent", _absent, 50, together=True),
+        Section("lacks memory", _lacks_memory, 50, together=True),
+        Section("lacks a library", _lacks_a_library, 50, together=True),
+        Section("lacks our own", _lacks_our_own, 50, together=True),
         Section("hangs", _hangs, 6, together=True),
     ]
     results = gpu.run_batch(batch, tmp_path, True, time.monotonic() + 60)
@@ -96,7 +114,9 @@ def test_sections_fail_alone_and_keep_what_they_have(tmp_path: Path, monkeypatch
     assert results["dies"]["not_finished"] == "the process ended with status 3"
     assert "cut_short" in results["hangs"] and results["absent"]["not_run"] == "no such library"
     assert all(results[name]["value"] == 1 for name in ("raises", "dies", "hangs"))
-    assert {line.split(":")[0] for line in gpu.wrong(results)} == {"raises", "dies"}
+    assert {line.split(":")[0] for line in gpu.wrong(results)} == {"raises", "dies", "lacks our own"}
+    assert results["lacks memory"]["not_run"] == "OutOfMemoryError: 3 GiB"
+    assert "no_such_library" in results["lacks a library"]["not_run"]
     # Started again: what is complete is not done again.
     again = gpu.run_batch(batch[:1], tmp_path, True, time.monotonic() + 60)
     assert again["good"] == results["good"] and (tmp_path / "ran").read_text() == "x"
@@ -121,14 +141,20 @@ def test_report_names_what_is_wrong_and_what_was_not_run() -> None:
     target = {"against": "ceiling", "wanted": 0.85, "got": 0.5}
     baselines = {"gemlite": {"not_run": "ModuleNotFoundError"}}
     results: dict[str, Any] = {
-        "machine": {"device": "a card"},
+        "machine": {"device": "a card", "capability": [8, 0]},
         "check attention 1 of 1": {"rows": [row | {"error": float("nan")}]},
         "time attention": {"rows": [row | {"us": 5.0, "target": target, "baselines": baselines}]},
         "graph equals eager": {"rows": [{"model": "m", "equal": False, "first": 7}]},
-        "end to end": {"rows": [{"name": "llama", "tokens_per_second": 123.4, "wanted": 170.0}]},
+        "end to end": {
+            "rows": [
+                {"name": "llama", "tokens_per_second": 123.4, "wanted": 170.0},
+                {"name": "yi", "failed": "KeyError"},
+            ]
+        },
         "transformers": {"not_run": "no time left"},
     }
     text = gpu.report(results, dry=False)
     assert "0.50 misses" in text and "123" in text and "not run: gemlite: ModuleNotFoundError" in text
     assert "not run: transformers: no time left" in text
     assert "WRONG: decode x: error nan" in text and "WRONG: m: graphs and eager execution differ from token 7" in text
+    assert "WRONG: yi: KeyError" in text and "not run: float8 caches and products" in text

@@ -207,6 +207,15 @@ def test_tuned_tiles_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
             cache.cache_clear()
 
 
+def test_float8_only_where_there_are_instructions_for_it() -> None:
+    cases = kernel_cases.checks() + kernel_cases.full()
+    left = kernel_cases.possible(cases, (8, 0))
+    gone = [case for case in cases if case not in left]
+    assert {case.kernel for case in gone} == {"w8a8", "quantise_rows", "decode", "prefill", "rope_and_cache_write"}
+    assert any(case.kernel == "w8a16" and case.dtype == "fp8 row" for case in left)
+    assert kernel_cases.possible(cases, (8, 9)) == cases
+
+
 def test_gpu_command_needs_none_of_the_engines_libraries() -> None:
     """A machine that only has PyTorch and Triton can run it."""
     missing = ["msgspec", "zmq", "fastapi", "gguf", "uvicorn", "typer", "tokenizers", "transformers", "matplotlib"]

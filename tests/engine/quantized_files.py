@@ -144,6 +144,15 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], Made]]] = {
 }  # fmt: skip
 
 
+def zero_biases(folder: Path, fill: float = 0.0) -> None:
+    """A bias for every quantised linear, as AutoGPTQ writes it."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        rows = tensors[name].shape[1]
+        tensors[name.replace("qweight", "bias")] = torch.full((rows,), fill, dtype=torch.float16)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 def quantise(source: Path, kind: str, folder: Path) -> tuple[Path, Path]:
     """The folder's linears in the layout `kind`, and the same weights dequantised: two folders under `folder`."""
     config, make = KINDS[kind]

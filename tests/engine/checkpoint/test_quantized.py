@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from engine.checkpoint import open_checkpoint
 from engine.checkpoint.quantized import scheme_of
 from engine.errors import CheckpointError
-from tests.engine.quantized_files import KINDS, TOKENS, compressed, quantise, weights_of
+from tests.engine.quantized_files import KINDS, TOKENS, compressed, quantise, weights_of, zero_biases
 
 PACKED = "pack-quantized"
 
@@ -118,3 +118,14 @@ def test_the_first_gptq_files_say_it_in_a_file_of_their_own(
     checkpoint = open_checkpoint(str(folder))
     assert checkpoint.quantization == "GPTQ 4-bit"
     assert checkpoint.tensors["model.layers.0.mlp.up_proj.weight"].nbytes < 0.6 * 160 * 64 + 500
+
+
+def test_gptq_biases_of_zeros_are_left_out_and_others_are_not(
+    random_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, _ = quantise(random_checkpoint(), "gptq 4 sym", tmp_path)
+    zero_biases(folder)
+    assert not [name for name in open_checkpoint(str(folder)).tensors if name.endswith("bias")]
+    zero_biases(folder, 0.5)
+    with pytest.raises(CheckpointError, match=r"has 14 tensors: .*\.bias, .* which a Llama.* does not use"):
+        open_checkpoint(str(folder))

@@ -13,10 +13,18 @@ from engine.checkpoint import open_checkpoint
 from engine.core.runner import Runner
 from engine.messages import EngineOptions
 from kernels.formats import decode, dequantize
-from tests.engine.quantized_files import KINDS, packed, quantise, weights_of
+from tests.engine.quantized_files import KINDS, packed, quantise, weights_of, zero_biases
 
 TOKENS = [5, 9, 300, 17, 4, 80, 33, 200, 150]
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "head_dim": 32}
+# As many columns as q, k, v have rows: what has an entry for each column must not be split with the rows. Blocks of 128
+FUSED = SHAPE | {
+    "hidden_size": 384,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+}
 
 
 def logits_of(folder: Path, dtype: str, rows: int) -> torch.Tensor:
@@ -51,6 +59,16 @@ def test_transformers_agrees(random_checkpoint: Callable[..., Path], tmp_path: P
     difference = (found - expected).norm() / expected.norm()
     # It rounds activations with a scale of its own, fp8 ones among them, which a CPU leaves as they are here.
     assert difference < {"w8a8": 8e-2, "fp8 channel": 0.15}.get(kind, 1e-4), difference
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq 4 act-order", "gptq 8 sym", "w4a16 asym", "fp8 block"])
+def test_fused_linears(random_checkpoint: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    """Phi-3's q, k, v are one matrix in the file, and gate, up another: in AWQ and GPTQ files they lie side by side."""
+    quantised, dense = quantise(random_checkpoint("Phi3", **FUSED), kind, tmp_path)
+    if kind.startswith("gptq"):
+        zero_biases(quantised)
+    found, exact = (logits_of(folder, "float32", len(TOKENS)) for folder in (quantised, dense))
+    assert (found - exact).norm() / exact.norm() < 1e-5
 
 
 @pytest.mark.parametrize("bits", [4, 8])
