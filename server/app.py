@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from engine.checkpoint.tokenizer import Tokenizer
 from engine.core.client import EngineClient
+from engine.errors import FenError
 from server import chat, completions, docs_route, errors, openapi, responses, status, text_routes, web_page
 from server.host_check import HostCheck, host_names
 from server.keys import ApiKeys, KeyCheck
@@ -18,6 +20,8 @@ from server.middleware import Envelope
 from server.service import Service
 from server.settings import ServerSettings
 from server.version import version
+
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 def api(
@@ -78,13 +82,24 @@ def create_app(
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=settings.cors_origins,
+            allow_origins=[web_origin(origin) for origin in settings.cors_origins],
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-ignored-params"],
+            expose_headers=["x-request-id", "x-ignored-params", "retry-after"],
         )
     names = host_names(settings.allowed_hosts) | {settings.host.lower()}
     if settings.allowed_hosts or (loopback and not keys):
         app.add_middleware(HostCheck, names=names)
     app.add_middleware(Envelope, done=service.answered)
     return app
+
+
+def web_origin(given: str) -> str:
+    """As browsers send it. Raises FenError for what no browser sends, and so would allow nobody."""
+    origin = given.lower()
+    if not ORIGIN.fullmatch(origin):
+        raise FenError(
+            f"--cors-origins {given!r} is no web origin; give scheme, name and port without a path, such as "
+            "https://app.example.org, or * for any"
+        )
+    return origin

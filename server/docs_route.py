@@ -12,19 +12,13 @@ from starlette.responses import HTMLResponse
 from server.api_page import page
 
 router = APIRouter()
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; }
-th, td { border-bottom: 1px solid #8886; padding: .3rem .6rem; text-align: left; vertical-align: top; }
-code { font-size: .9em; background: #8882; padding: .1em .3em; border-radius: .3em; }
-"""
 
 
 @router.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> HTMLResponse:
     body = "\n".join(_blocks(page(request.app.openapi())))
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += '<link rel="stylesheet" href="page/docs.css"><link rel="icon" href="page/icon.svg">'
     link = '<p>For programs: <a href="openapi.json">openapi.json</a></p>'
     return HTMLResponse(f'<!doctype html><html lang="en"><title>Fen: HTTP API</title>{head}{link}{body}</html>')
 

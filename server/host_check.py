@@ -13,11 +13,13 @@ from engine.errors import FenError
 from server.errors import ApiError, echo, error_response
 
 ANY = "*"
+# Top-level names in which nobody can register one; host.docker.internal is what containers call the machine they run on.
+LOCAL = ("localhost", "internal")
 NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
 
 class HostCheck:
-    """Answers 421 unless the Host is an IP address, localhost or one of `names`; in HTTP/1.0 there may be none."""
+    """Answers 421 unless the Host is an IP address, in LOCAL or one of `names`; in HTTP/1.0 there may be none."""
 
     def __init__(self, app: ASGIApp, names: Collection[str]):
         self.app = app
@@ -39,7 +41,7 @@ class HostCheck:
         host = re.sub(r":\d*$", "", given.strip()).lower().removesuffix(".")
         if host.startswith("[") and host.endswith("]"):
             host = host[1:-1]
-        return ANY in self.names or host in self.names or host.split(".")[-1] == "localhost" or is_address(host)
+        return ANY in self.names or host in self.names or host.split(".")[-1] in LOCAL or is_address(host)
 
 
 def host_names(names: Sequence[str]) -> set[str]:

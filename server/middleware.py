@@ -20,22 +20,16 @@ MAX_DISCARDED_BYTES = 4 * MAX_BODY_BYTES  # a client that is still sending would
 CLIENT_LEFT = 499  # nginx's status for a reply that nobody waited for
 Done = Callable[[Scope, str, int, float], None]
 NOSNIFF = (b"x-content-type-options", b"nosniff")
-# Of HTML. The page loads nothing from elsewhere; /docs is FastAPI's, whose script, style and icon are.
-ONLY_OURS = "default-src 'self'"
-SWAGGER = (
-    "default-src 'self'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src https://cdn.jsdelivr.net; "
-    "img-src data: https://fastapi.tiangolo.com https://cdn.jsdelivr.net"
-)
-SHUT = "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
+# Of HTML: all of it is ours and loads nothing from elsewhere.
+POLICY = b"default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 
 
-def browser_headers(path: str, content_type: bytes) -> list[tuple[bytes, bytes]]:
+def browser_headers(content_type: bytes) -> list[tuple[bytes, bytes]]:
     if not content_type.startswith(b"text/html"):
         return [NOSNIFF]
-    policy = (SWAGGER if path == "/docs" else ONLY_OURS) + SHUT
     return [
         NOSNIFF,
-        (b"content-security-policy", policy.encode()),
+        (b"content-security-policy", POLICY),
         (b"referrer-policy", b"no-referrer"),
         (b"x-frame-options", b"DENY"),
         (b"cross-origin-opener-policy", b"same-origin"),
@@ -67,7 +61,7 @@ class Envelope:
                 begun, status = True, message["status"]
                 headers: list[Any] = list(message.get("headers", ()))
                 content_type = next((value for name, value in headers if name.lower() == b"content-type"), b"")
-                headers += [(b"x-request-id", request_id), *browser_headers(scope["path"], content_type)]
+                headers += [(b"x-request-id", request_id), *browser_headers(content_type)]
                 message = {**message, "headers": headers}
             elif head and message["type"] == "http.response.body":
                 message = {**message, "body": b""}

@@ -215,6 +215,8 @@ class ChatCompletionRequest(GenerationBody):
 
 
 class TokenizeRequest(Body):
+    refused = {name: REFUSED[name] for name in ("chat_template", "chat_template_kwargs", "continue_final_message")}
+
     model: str | None = None
     prompt: Annotated[str, StringConstraints()] | None = None
     messages: list[Message] | None = Field(None, min_length=1, max_length=4096)

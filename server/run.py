@@ -76,6 +76,7 @@ def serve(settings: ServerSettings) -> None:
             server_header=False,
             http="h11",  # the parser that bounds what it reads of a head, whatever else is installed
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            ws="none",
             timeout_keep_alive=75,  # longer than clients keep a connection, so that they close it first
             timeout_graceful_shutdown=2,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from typing import Any
@@ -39,6 +40,8 @@ def case(path: str, param: str | None, **body: Any) -> Any:
         case("/tokenize", "add_generation_prompt", messages=HI, add_generation_prompt="no"),
         case("/tokenize", "return_token_strs", prompt="a", return_token_strs=0),
         case("/tokenize", "model", prompt="a", model=["smollm2"]),
+        case("/tokenize", "chat_template", messages=HI, chat_template="x"),
+        case("/tokenize", "continue_final_message", messages=HI, continue_final_message=True),
         UNKNOWN,
         case("/detokenize", "tokens"),
         case("/detokenize", "tokens", tokens=None),
@@ -75,7 +78,7 @@ def test_refused(server: LiveServer, path: str, body: Any, status: int, param: s
         (b"{'a': 1}", "not JSON"),
         (b'{"a": 01}', "not JSON"),
         (b'{"model": "\xff"}', "UTF-8"),
-        ("{}".encode("utf-16"), "not JSON|UTF-8"),
+        ("{}".encode("utf-16"), "UTF-8"),
         (b'{"model": "\\ud800"}', "not JSON"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
         (b'{"a": ' * 50_000 + b"1" + b"}" * 50_000, "nested too deeply"),
@@ -115,6 +118,22 @@ def test_content_type(server: LiveServer, path: str, content_type: str | None) -
 def test_content_types_of_json(server: LiveServer, content_type: str) -> None:
     headers = {"Content-Type": content_type}
     assert server.http.post("/tokenize", content=b'{"prompt": "hi"}', headers=headers).status_code == 200
+
+
+def test_a_byte_order_mark_is_passed_over(server: LiveServer) -> None:
+    body = b'\xef\xbb\xbf{"prompt": "hi"}'
+    assert server.http.post("/tokenize", content=body, headers=JSON).json()["count"] == 1
+
+
+def test_a_compressed_body_is_refused(server: LiveServer) -> None:
+    headers = JSON | {"Content-Encoding": "gzip"}
+    error = check_error(server.http.post("/tokenize", content=gzip.compress(b"{}"), headers=headers), 415, None)
+    assert "Content-Encoding 'gzip'" in error["message"]
+
+
+def test_no_route_speaks_another_protocol(server: LiveServer) -> None:
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    assert server.http.get("/health", headers=headers | {"Sec-WebSocket-Key": "eA=="}).json() == {"status": "ok"}
 
 
 @pytest.mark.parametrize("path", [path.replace("{model}", "smollm2") for path in PATHS])

@@ -141,6 +141,7 @@ def test_a_page_that_rebinds_its_name_is_turned_away(server: LiveServer, path: s
     [
         ("127.0.0.1", 200), ("127.0.0.1:8000", 200), ("10.1.2.3:80", 200), ("[::1]:8000", 200), ("[fe80::1]", 200),
         ("localhost", 200), ("LOCALHOST.:8000", 200), ("fen.localhost", 200),
+        ("host.docker.internal:8000", 200), ("internal.example", 421),
         ("", 421), ("localhost.example", 421), ("127.0.0.1.example", 421), ("nolocalhost", 421),
         ("localhost@a.example", 421), ("[a.example]", 421), ("127.0.0.1:80:80", 421), ("127.1", 421), ("a" * 3000, 421),
         ("\x7f", 421),

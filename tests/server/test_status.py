@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from engine.checkpoint import Tokenizer
+from engine.errors import FenError
 from server.app import api
 from tests.server.live import LiveServer
 from tests.server.scripted import ScriptedEngine, ask
@@ -109,13 +110,21 @@ def test_cors_only_where_asked_for(tokenizer: Tokenizer) -> None:
         assert refused.status_code >= 400 and "access-control-allow-origin" not in refused.headers
 
 
+@pytest.mark.parametrize("origin", ["a.example", "https://a.example/", "https://a b", "https://a.example/app", "null"])
+def test_an_origin_that_no_browser_sends(tokenizer: Tokenizer, origin: str) -> None:
+    with pytest.raises(FenError, match="--cors-origins"):
+        ask(ScriptedEngine(), tokenizer, "GET", "/health", cors=origin)
+
+
 def test_docs(server: LiveServer) -> None:
     assert server.http.get("/openapi.json").json() == api().openapi()
     docs = server.http.get("/docs").text
     assert "<code>repetition_penalty</code>" in docs and "`" not in docs
     links = set(re.findall(r'(?:href|src)="([^"]*)"', docs))
     assert len(links) > 30  # to what stands on the page itself, and to the description
-    assert {link for link in links if link[1:] not in re.findall(r'id="([^"]*)"', docs)} == {"openapi.json"}
+    others = {link for link in links if link[1:] not in re.findall(r'id="([^"]*)"', docs)}
+    assert others == {"openapi.json", "page/docs.css", "page/icon.svg"}
+    assert all(server.http.get(f"/{link}").status_code == 200 for link in others)
 
 
 def test_the_http_process_has_no_torch() -> None:
