@@ -20,7 +20,9 @@ async def docs(request: Request) -> HTMLResponse:
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head += '<link rel="stylesheet" href="page/docs.css"><link rel="icon" href="page/icon.svg">'
     link = '<p>For programs: <a href="openapi.json">openapi.json</a></p>'
-    return HTMLResponse(f'<!doctype html><html lang="en"><title>Fen: HTTP API</title>{head}{link}{body}</html>')
+    return HTMLResponse(
+        f'<!doctype html><html lang="en"><title>Fen: HTTP API</title>{head}<main>{link}{body}</main></html>'
+    )
 
 
 def _blocks(markdown: str) -> Iterator[str]:

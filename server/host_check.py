@@ -13,7 +13,7 @@ from engine.errors import FenError
 from server.errors import ApiError, echo, error_response
 
 ANY = "*"
-# Top-level names in which nobody can register one; host.docker.internal is what containers call the machine they run on.
+# Top-level names in which nobody can register one; containers call the machine they run on host.docker.internal.
 LOCAL = ("localhost", "internal")
 NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 

@@ -42,8 +42,8 @@ ERRORS: dict[int | str, Json] = {
     "4XX": {
         "model": ErrorReply,
         "description": "The request is at fault: 400 a field, 401 the key, 404 model or route, 405 the method, "
-        "408 a body that stopped coming, 413 one over 8 MiB, 415 its Content-Type or Content-Encoding, 421 its Host, 429 a "
-        "full queue, 431 too many headers.",
+        "408 a body that stopped coming, 413 one over 8 MiB, 415 its Content-Type or Content-Encoding, 421 its Host, "
+        "429 a full queue, 431 too many headers.",
     },
     "5XX": {
         "model": ErrorReply,

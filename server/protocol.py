@@ -214,8 +214,11 @@ class ChatCompletionRequest(GenerationBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
+TEMPLATES = {name: REFUSED[name] for name in ("chat_template", "chat_template_kwargs", "continue_final_message")}
+
+
 class TokenizeRequest(Body):
-    refused = {name: REFUSED[name] for name in ("chat_template", "chat_template_kwargs", "continue_final_message")}
+    refused = TEMPLATES
 
     model: str | None = None
     prompt: Annotated[str, StringConstraints()] | None = None

@@ -344,6 +344,15 @@ def test_colours_can_be_chosen(page: Browser) -> None:
     assert ground() == dark
 
 
+@needs_chromium
+@pytest.mark.parametrize("size", ["phone", "desktop"])
+def test_docs(page: Browser, server: LiveServer, size: str) -> None:
+    for scheme in ("light", "dark"):
+        page.open(f"{server.url}/docs", *SIZES[size], scheme)
+        assert page.run("return getComputedStyle(document.querySelector('th')).textAlign") == "left"  # it has its style
+        assert page.accessibility() == []
+
+
 def test_page_needs_no_engine(launch: Callable[..., LiveServer]) -> None:
     """It is there while the model loads, and says so."""
     live = launch(wait=False)
