@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import os
-import sys
-import threading
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -18,6 +15,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, Token
 from numpy.typing import NDArray
 
 from engine.checkpoint.tokenizer import Tokenizer
+from engine.cores import roam, step_back
 from engine.errors import RequestError
 
 CACHED = 32  # compiled grammars that are kept
@@ -65,11 +63,13 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]):
         self._source, self.vocab_size, self._eos_ids = tokenizer, vocab_size, list(eos_ids)
         self._compiled = functools.lru_cache(CACHED)(self._compile)
-        self._compiling = concurrent.futures.ThreadPoolExecutor(2, "grammar", _stand_back)
-        self._matching = concurrent.futures.ThreadPoolExecutor(MATCHERS, "mask")
+        self._compiling = concurrent.futures.ThreadPoolExecutor(2, "grammar", step_back)
+        self._matching = concurrent.futures.ThreadPoolExecutor(MATCHERS, "mask", roam)
 
     def start(self, grammar: str) -> concurrent.futures.Future[Guide]:
-        """Compiles in a thread."""
+        """Compiles in a thread that gives way to the steps of other requests."""
+        if "_threads" not in vars(self):  # llguidance's own inherit the priority of who makes them
+            self._matching.submit(lambda: self._threads).result()
         return self._compiling.submit(self.guide, grammar)
 
     def guide(self, grammar: str) -> Guide:
@@ -136,12 +136,6 @@ class _Vocabulary:
                 if b"".join(data[start:]) == text:
                     return ids[start:]
         return []
-
-
-def _stand_back() -> None:
-    """The steps of other requests come first: on Linux a niceness is the thread's own."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _reason(error: str) -> str:

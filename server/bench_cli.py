@@ -150,17 +150,21 @@ def ladder(
 def load(
     engine: EngineOptions,
     soak: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Of random load; 0 leaves it out.")] = 120.0,
-    json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the result there, too.")] = None,
+    json: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the result there, too, after each scenario.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="This scenario; may be repeated.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out what the file of --json holds already.")] = False,
 ) -> None:
     """See what a server withstands, beside what is wanted of it.
 
     It starts servers of its own on this machine: a thousand connections, cancelled and bad requests, large prompts, an
-    engine that hangs; what HTTP takes from the engine's speed; memory and CPU. About six minutes.
+    engine that hangs; what HTTP takes from the engine's speed; memory and CPU. About seven minutes.
     """
     check_installation()
     from bench.load.command import run
 
-    run(engine, soak, json)
+    run(engine, soak, json, only or (), resume)
 
 
 @bench.command()

@@ -17,6 +17,9 @@ from server.settings import BODY_SECONDS, MAX_BODY_BYTES, MAX_HEAD_BYTES, MAX_HE
 
 UNSAFE = re.compile(rb"[^A-Za-z0-9._:-]")
 MAX_DISCARDED_BYTES = 4 * MAX_BODY_BYTES  # a client that is still sending would not read the 413
+# A large body is taken slowly, some 10 MB a second: what it costs at full speed is a core that the engine has not got.
+LARGE_BODY_BYTES = 128 << 10
+PAUSE_SECONDS = 0.005
 CLIENT_LEFT = 499  # nginx's status for a reply that nobody waited for
 Done = Callable[[Scope, str, int, float], None]
 NOSNIFF = (b"x-content-type-options", b"nosniff")
@@ -98,6 +101,8 @@ def bounded(scope: Scope, receive: Receive) -> Receive:
             raise ApiError(408, f"the body stopped coming for {BODY_SECONDS:g} s") from None
         received += len(message.get("body", b""))
         complete = not message.get("more_body", False)
+        if received > LARGE_BODY_BYTES and not complete:
+            await asyncio.sleep(PAUSE_SECONDS)
         return message
 
     async def receive_bounded() -> Message:

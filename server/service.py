@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import os
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +22,7 @@ from server.errors import ApiError
 from server.grammar_check import GrammarCheck
 from server.keys import ApiKeys
 from server.logs import LogWriter, log_request
+from server.long_texts import LongTexts
 from server.metrics import Metrics
 from server.protocol import ChatCompletionRequest, CompletionRequest, GenerationBody, Message
 from server.recent import Recent
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LAST_WORDS_SECONDS = 2.0  # for aborted replies to be written
-LONG_TEXT = 32768  # characters; longer ones are tokenised when nobody else needs the processor
+LONG_TEXT = 32768  # characters; longer ones are tokenised in a process that runs while nobody else wants its core
 
 
 class Service:
@@ -73,7 +71,8 @@ class Service:
         self._price = None if settings.price is None else parse_price(settings.price)
         self.metrics = Metrics(self)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="text")
-        self._patient = ThreadPoolExecutor(1, thread_name_prefix="long text", initializer=step_back)
+        self._patient = ThreadPoolExecutor(1, thread_name_prefix="long text")
+        self._long_texts = LongTexts(tokenizer, settings.engine.model, settings.engine.load_format)
 
     async def in_thread(self, function: Callable[[], T], characters: int = 0) -> T:
         """Run CPU-bound work on a text of so many characters off the event loop."""
@@ -86,6 +85,7 @@ class Service:
     async def running(self, start: Callable[[], Coroutine[Any, Any, object]]) -> AsyncIterator[None]:
         """`start` the engine in the background (requests get 503 until it is ready); stop it at the end."""
         starting = asyncio.create_task(start())
+        self._threads.submit(self.tokenizer.least_tokens, "")  # what it finds out once takes a while
         if self.templates is not None:
             self._threads.submit(self.templates.start)
         try:
@@ -96,6 +96,7 @@ class Service:
             await self.client.stop()
             for threads in (self._threads, self._patient):
                 threads.shutdown(wait=False, cancel_futures=True)
+            self._long_texts.close()
             if self.templates is not None:
                 self.templates.close()
             await self.grammars.close()
@@ -193,8 +194,7 @@ class Service:
         for prompt in body.prompt:
             if isinstance(prompt, str):
                 self.check_size(prompt, "prompt")
-                encode = functools.partial(self.tokenizer.encode, prompt, body.add_special_tokens)
-                ids = await self.in_thread(encode, len(prompt))
+                ids = await self.encode_text(prompt, body.add_special_tokens)
                 if not ids:
                     raise RequestError("prompt: a prompt must have at least one token", "prompt")
             else:
@@ -202,6 +202,10 @@ class Service:
                 self.check_ids(ids, "prompt")
             prompts.append(ids)
         return prompts
+
+    async def encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
+        encode = self._long_texts.encode if len(text) > LONG_TEXT else self.tokenizer.encode
+        return await self.in_thread(lambda: encode(text, add_special_tokens), len(text))
 
     def check_ids(self, ids: list[int], param: str) -> None:
         size = self.tokenizer.vocab_size
@@ -222,6 +226,8 @@ class Service:
         templates = self.templates
         if templates is None:
             raise RequestError("this model has no chat template; use /v1/completions", "messages")
+        for message in messages:  # before anything reads them, even where a template would leave some out
+            self.check_size(message.content, "messages")
         characters = sum(len(message.content) for message in messages)
 
         def render() -> list[int]:
@@ -231,6 +237,8 @@ class Service:
             marked = [mark_texts(value, self.tokenizer.mark_text) for value in (plain, functions)]
             text = templates.render(marked[0], add_generation_prompt, marked[1] or None)
             self.check_size(text, "messages")
+            if len(text) > LONG_TEXT:
+                return self._long_texts.encode(text, add_special_tokens, marked=True)
             return self.tokenizer.encode_marked(text, add_special_tokens)
 
         return await self.in_thread(render, characters)
@@ -282,9 +290,3 @@ class Service:
         if body.min_tokens > wanted:
             raise RequestError(f"min_tokens ({body.min_tokens}) is more than max_tokens ({wanted})", "min_tokens")
         return wanted
-
-
-def step_back() -> None:
-    """Give the calling thread a low priority, where the system has one for each thread."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)

@@ -187,7 +187,8 @@ def _this_cpu(console: Console) -> Machine:
 
     from bench.ceilings import matmul_rate, read_bandwidth
     from bench.machine import cpu_name
-    from engine.core.runner import available_memory, default_threads
+    from engine.core.runner import available_memory
+    from engine.cores import default_threads
 
     torch.set_num_threads(default_threads())
     with console.status("measuring this CPU"):

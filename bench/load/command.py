@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,20 @@ import msgspec
 
 from bench import results
 from bench.load import scenarios
-from bench.load.client import completion
-from bench.load.scenarios import MIB, PATH, percentile
+from bench.load.disturbances import DISTURBANCES
+from bench.load.scenarios import FLAT, MIB, percentile
 from bench.load.server import Server, running
 from bench.machine import Disturbance
 from bench.report import markdown_table
+from engine import cores
+from engine.errors import FenError
 from engine.messages import EngineOptions
 
 STREAMS, TOKENS, ROUNDS = 16, 64, 3  # of the comparison with the engine alone
 SEQS, QUEUE = 16, 64  # of the server that the thousand connections come to
 CONTEXT = 1024
-MEGABYTE = "The quick brown fox jumps over the lazy dog, and then it rests in the sun. " * 14000
-HARD_SCHEMA = {
-    "type": "object",
-    "properties": {
-        f"field_{i}": {"type": "array", "items": {"enum": [f"value {i} {j}" for j in range(100)]}, "maxItems": 50}
-        for i in range(50)
-    },
-}
+PLACES = SEQS + QUEUE
+Data = dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -61,32 +57,63 @@ class Line:
         ]
 
 
-def run(options: EngineOptions, soak_seconds: float, json_path: str | None) -> None:
-    """Measures all lines (about five minutes with a soak of two), prints each as it comes, then the table.
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a scenario gets. options: for an engine of its own beside `server`."""
 
-    Raises FenError when a server does not start.
+    server: Server
+    options: EngineOptions
+    soak_seconds: float
+
+
+Measure = Callable[[Place], Coroutine[Any, Any, tuple[list[Line], Data]]]  # -> the lines, and what was seen
+
+
+def run(
+    options: EngineOptions,
+    soak_seconds: float,
+    json_path: str | None,
+    only: Collection[str] = (),
+    resume: bool = False,
+) -> None:
+    """Measures (in about seven minutes, with a soak of two), prints each line as it comes, then the table.
+
+    json_path: written after each scenario. only: names of SCENARIOS; none: all. resume: leaves out those that the file
+    holds already. Raises FenError for a name or a file that is none, and when a server does not start.
     """
-    lines: list[Line] = []
-    notes: dict[str, Any] = {}
-
-    def show(line: Line) -> None:
-        lines.append(line)
-        print(f"{line.what}: {' '.join(line.row()[2:])}", flush=True)
-
-    disturbance = Disturbance(os.getpid())
-    arguments = arguments_of(options)
-    with running([*arguments, "--max-num-seqs", str(SEQS), "--max-queue", str(QUEUE)]) as server:
-        asyncio.run(_crowd(server, show, notes, soak_seconds))
-    with running(arguments) as server:
-        asyncio.run(_alone(server, show, notes))
-        _overhead(server, options, show, notes)
-        asyncio.run(_hang(server, show))
-    notes["others_used_cpus"] = disturbance.share()
+    if unknown := set(only) - SCENARIOS.keys():
+        raise FenError(f"--only {min(unknown)}: no such scenario; there are {', '.join(SCENARIOS)}")
+    done: dict[str, Any] = {}
+    if resume and json_path is not None and Path(json_path).exists():
+        done = results.load(json_path, "load").data["scenarios"]
+    wanted = [name for name in SCENARIOS if (not only or name in only) and name not in done]
+    for narrow in (True, False):
+        names = [name for name in wanted if (name in NARROW) == narrow]
+        places = ["--max-num-seqs", str(SEQS), "--max-queue", str(QUEUE)] if narrow else []
+        if names:
+            with running([*arguments_of(options), *places]) as server:
+                for name in names:
+                    done[name] = _measure(name, Place(server, options, soak_seconds))
+                    if json_path is not None:
+                        data = {"scenarios": {key: done[key] for key in SCENARIOS if key in done}}
+                        results.save(Path(json_path), results.new("load", data, model=options.model))
+    lines = [Line(**line) for name in SCENARIOS if name in done for line in done[name]["lines"]]
     print("\n" + markdown_table(["line", "wanted", "measured", ""], [line.row() for line in lines]))
     if json_path is not None:
-        data = {"lines": [dataclasses.asdict(line) | {"met": line.met} for line in lines], **notes}
-        results.save(Path(json_path), results.new("load", data, model=options.model))
         print(f"kept in {json_path}")
+
+
+def _measure(name: str, place: Place) -> Data:
+    started, disturbance = time.monotonic(), Disturbance(os.getpid(), place.server.pid, place.server.engine_pid())
+    lines, seen = asyncio.run(SCENARIOS[name](place))
+    for line in lines:
+        print(f"{line.what}: {' '.join(line.row()[2:])}", flush=True)
+    return {
+        "lines": [dataclasses.asdict(line) for line in lines],
+        "seen": seen,
+        "seconds": time.monotonic() - started,
+        "others_used_cpus": disturbance.share(),
+    }
 
 
 def arguments_of(options: EngineOptions) -> list[str]:
@@ -100,75 +127,82 @@ def arguments_of(options: EngineOptions) -> list[str]:
     return found
 
 
-async def _crowd(server: Server, show: Callable[[Line], None], notes: dict[str, Any], soak_seconds: float) -> None:
+async def _burst(place: Place) -> tuple[list[Line], Data]:
+    server = place.server
     await scenarios.burst(server)  # what the first thousand make the process grow by, it keeps for the next
     memory = server.memory()
     seen = await scenarios.burst(server)
     growth = {process: (value - memory[process]) / MIB for process, value in server.memory().items()}
     wrong = sum(count for status, count in seen.statuses.items() if status not in (200, 429))
-    places = SEQS + QUEUE
-    notes["burst"] = {"statuses": seen.statuses, "growth_mib": growth}
-    show(Line("1,000 connections in 5 s: neither served nor 429", 0, wrong, "answers"))
-    show(Line(f"of them served before the first 429 ({places} places)", places, seen.admitted_first, "answers", False))
-    show(Line("429, from the connect to its end, p99", 100, 1e3 * percentile(seen.refusals, 99), "ms"))
-    show(Line("memory after 1,000 more connections, front end", 16, growth["front end"], "MiB more"))
-    show(Line("memory after 1,000 more connections, engine", 16, growth["engine"], "MiB more"))
     await server.wait_idle()
-    if soak_seconds <= 0:
-        return
-    soak = await scenarios.soak(server, soak_seconds)
-    notes["soak"] = {"statuses": soak.statuses, "seconds": soak_seconds, "memory": soak.memory}
+    return [
+        Line("1,000 connections in 5 s: neither served nor 429", 0, wrong, "answers"),
+        Line(f"of them served before the first 429 ({PLACES} places)", PLACES, seen.admitted_first, "answers", False),
+        Line("429, from the connect to its end, p99", 100, 1e3 * percentile(seen.refusals, 99), "ms"),
+        Line("memory after 1,000 more connections, front end", 16, growth["front end"], "MiB more"),
+        Line("memory after 1,000 more connections, engine", 16, growth["engine"], "MiB more"),
+    ], {"statuses": seen.statuses, "growth_mib": growth}
+
+
+async def _soak(place: Place) -> tuple[list[Line], Data]:
+    seconds = place.soak_seconds
+    if seconds <= 0:
+        return [], {}
+    soak = await scenarios.soak(place.server, seconds)
     held = sum(soak.after[name] for name in ("server_load", "running", "waiting", "kv_blocks_used"))
     broken = sum(count for status, count in soak.statuses.items() if status >= 500)
-    show(Line(f"{soak_seconds:g} s of random load: 5xx", 0, broken, "answers"))
-    show(Line("blocks and places still held after it", 0, held, ""))
-    show(Line("memory during it, front end", 8, soak.slope("front end") / MIB, "MiB a minute"))
-    show(Line("memory during it, engine", 8, soak.slope("engine") / MIB, "MiB a minute"))
+    return [
+        Line(f"{seconds:g} s of random load: 5xx", 0, broken, "answers"),
+        Line("blocks and places still held after it", 0, held, ""),
+        Line("memory during it, front end", FLAT, soak.slope("front end") / MIB, "MiB a minute"),
+        Line("memory during it, engine", FLAT, soak.slope("engine") / MIB, "MiB a minute"),
+    ], {"statuses": soak.statuses, "seconds": seconds, "memory": soak.memory}
 
 
-async def _alone(server: Server, show: Callable[[Line], None], notes: dict[str, Any]) -> None:
-    show(Line("an idle server's CPU", 1, 100 * await scenarios.idle(server), "% of a core"))
-    answer = await scenarios.cancelled(server)
-    show(Line("200 long requests cancelled, then a short one", 5, answer.seconds, "s"))
-    await server.wait_idle()
-    for name, requests in disturbances().items():
-        quiet, _ = await scenarios.beside(server, 300, [])
-        loud, statuses = await scenarios.beside(server, 300, requests)
-        ratio = percentile(loud, 99) / percentile(quiet, 99)
-        notes[f"beside {name}"] = {"quiet": _gaps(quiet), "loud": _gaps(loud), "statuses": statuses}
-        show(Line(f"inter-token p99 of a stream beside {name}", 3, ratio, "times the quiet one"))
-    taken = await scenarios.health_under_load(server, STREAMS, 2 * TOKENS)
-    show(Line(f"GET /health beside {STREAMS} streams, p99", 50, 1e3 * percentile(taken, 99), "ms"))
+async def _idle(place: Place) -> tuple[list[Line], Data]:
+    return [Line("an idle server's CPU", 1, 100 * await scenarios.idle(place.server), "% of a core")], {}
 
 
-def disturbances() -> dict[str, list[tuple[str, str, Any]]]:
-    """What is sent over and over beside a stream. A text that does not fit is refused by its size; /tokenize reads it
-    all."""
-    schema = {"type": "json_schema", "json_schema": {"name": "hard", "schema": HARD_SCHEMA}}
-    return {
-        "prompts of 1 MB": [("POST", PATH, completion(MEGABYTE, 1)), ("POST", "/tokenize", {"prompt": MEGABYTE})],
-        "a hard schema": [("POST", PATH, completion("x", 1, response_format=schema, ignore_eos=False))],
-    }
+async def _cancelled(place: Place) -> tuple[list[Line], Data]:
+    answer = await scenarios.cancelled(place.server)
+    await place.server.wait_idle()
+    return [Line("200 long requests cancelled, then a short one", 5, answer.seconds, "s")], {}
 
 
-def _gaps(gaps: list[float]) -> dict[str, float]:
-    return {f"p{share}": percentile(gaps, share) for share in (50, 90, 99)} | {"most": max(gaps, default=0.0)}
+def _beside(name: str) -> Measure:
+    async def measure(place: Place) -> tuple[list[Line], Data]:
+        seen = await scenarios.beside(place.server, DISTURBANCES[name]())
+        ratio = percentile(seen.loud, 99) / percentile(seen.quiet, 99)
+        line = Line(f"inter-token p99 of a stream beside {name}", 3, ratio, "times the quiet one")
+        requests = {"statuses": seen.statuses, "seconds_each": _spread(seen.seconds)}
+        return [line], {"quiet": _spread(seen.quiet), "loud": _spread(seen.loud), **requests}
+
+    return measure
 
 
-def _overhead(server: Server, options: EngineOptions, show: Callable[[Line], None], notes: dict[str, Any]) -> None:
+def _spread(values: list[float]) -> dict[str, float]:
+    return {f"p{share}": percentile(values, share) for share in (50, 90, 99)} | {"most": max(values, default=0.0)}
+
+
+async def _health(place: Place) -> tuple[list[Line], Data]:
+    taken = await scenarios.health_under_load(place.server, STREAMS, 2 * TOKENS)
+    return [Line(f"GET /health beside {STREAMS} streams, p99", 50, 1e3 * percentile(taken, 99), "ms")], {}
+
+
+async def _overhead(place: Place) -> tuple[list[Line], Data]:
     """The same work for the engine in a process without HTTP and for the server, taking turns."""
     alone, served = [], []
-    local = msgspec.structs.replace(options, kv_cache_tokens=16 * CONTEXT, max_model_len=CONTEXT)
+    local = msgspec.structs.replace(place.options, kv_cache_tokens=16 * CONTEXT, max_model_len=CONTEXT)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context, _load_engine, (local,)) as engine:
         for repetition in range(ROUNDS + 1):
-            rates = engine.submit(_engine_rate, repetition).result(), asyncio.run(_served_rate(server))
+            rates = engine.submit(_engine_rate, repetition).result(), await _served_rate(place.server)
             if repetition:  # the first warms both up
                 alone.append(rates[0])
                 served.append(rates[1])
-    notes["overhead"] = {"alone": alone, "served": served}
     ratio = statistics.median(served) / statistics.median(alone)
-    show(Line(f"tokens/s that HTTP takes from the engine, {STREAMS} streams", 5, 100 * (1 - ratio), "%"))
+    line = Line(f"tokens/s that HTTP takes from the engine, {STREAMS} streams", 5, 100 * (1 - ratio), "%")
+    return [line], {"alone": alone, "served": served}
 
 
 async def _served_rate(server: Server) -> float:
@@ -183,6 +217,7 @@ _engine: Any = None  # of the process that runs without HTTP
 
 def _load_engine(options: EngineOptions) -> None:
     global _engine
+    cores.bind(options.threads or cores.default_threads())  # as the server's
     from bench.local_engine import LocalEngine  # imports torch
 
     _engine = LocalEngine(options)
@@ -194,7 +229,22 @@ def _engine_rate(_: int) -> float:
     return float(_engine.generate(prompts, TOKENS).total_rate)
 
 
-async def _hang(server: Server, show: Callable[[Line], None]) -> None:
-    noticed, replaced = await scenarios.hang(server)
-    show(Line("an engine stopped by SIGSTOP: /health answers 503 after", 5, noticed, "s"))
-    show(Line("and another engine is ready after", 60, replaced, "s"))
+async def _hang(place: Place) -> tuple[list[Line], Data]:
+    noticed, replaced = await scenarios.hang(place.server)
+    return [
+        Line("an engine stopped by SIGSTOP: /health answers 503 after", 5, noticed, "s"),
+        Line("and another engine is ready after", 60, replaced, "s"),
+    ], {}
+
+
+NARROW = ("burst", "soak")  # come to a server with SEQS and QUEUE places
+SCENARIOS: dict[str, Measure] = {
+    "burst": _burst,
+    "soak": _soak,
+    "idle": _idle,
+    "cancelled": _cancelled,
+    **{name: _beside(name) for name in DISTURBANCES},
+    "health": _health,
+    "overhead": _overhead,
+    "hang": _hang,
+}

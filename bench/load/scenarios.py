@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from bench.load.server import Server
 
 PATH = "/v1/completions"
 MIB = 1 << 20
+FLAT = 4.0  # MiB a minute: a leak of 100 bytes a token, or of 4 KiB a request, would be more
 WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school"]
 
 
@@ -83,8 +86,8 @@ async def cancelled(server: Server, count: int = 200, tokens: int = 400) -> Answ
 
 @dataclasses.dataclass
 class Soak:
-    """statuses: of all answers (0: none, the client left). memory: (second, resident bytes by process). after: what
-    GET /load says at the end. answer: to a short request after all."""
+    """statuses: of all answers (0: none, the client left). memory: (second, resident bytes by process), without those
+    of the warm-up. after: what GET /load says at the end. answer: to a short request after all."""
 
     statuses: dict[int, int]
     memory: list[tuple[float, dict[str, int]]]
@@ -92,8 +95,8 @@ class Soak:
     answer: Answer
 
     def slope(self, process: str) -> float:
-        """Bytes a minute, by a straight line through the last three quarters."""
-        samples = self.memory[len(self.memory) // 4 :]
+        """Bytes a minute, by a straight line."""
+        samples = self.memory
         times, values = [second for second, _ in samples], [float(memory[process]) for _, memory in samples]
         return float(np.polyfit(times, values, 1)[0]) * 60 if len(samples) > 2 else float("nan")
 
@@ -115,8 +118,11 @@ BAD: list[tuple[str, str, Any]] = [
 ]
 
 
-async def soak(server: Server, seconds: float = 120.0, clients: int = 24, seed: int = 0) -> Soak:
-    """Random load: answers of all lengths, clients that leave at any moment, bad requests, broken connections."""
+async def soak(server: Server, seconds: float = 120.0, clients: int = 24, seed: int = 0, warm_up: float = 30.0) -> Soak:
+    """Random load: answers of all lengths, clients that leave at any moment, bad requests, broken connections.
+
+    What a process keeps for the shapes it has seen, it has after `warm_up` seconds more of the same load, before.
+    """
     draw = random.Random(seed)
     statuses: Counter[int] = Counter()
     memory: list[tuple[float, dict[str, int]]] = []
@@ -139,12 +145,13 @@ async def soak(server: Server, seconds: float = 120.0, clients: int = 24, seed: 
             statuses[answer.status] += 1
 
     async def watch() -> None:
+        await asyncio.sleep(warm_up)
         while time.monotonic() - start < seconds:
             memory.append((time.monotonic() - start, server.memory()))
             await asyncio.sleep(1.0)
 
     await _fill(server, draw)
-    start = time.monotonic()
+    start = time.monotonic() + warm_up
     await asyncio.gather(watch(), *(client() for _ in range(clients)))
     after = await server.wait_idle()
     answer = await ask(server.port, "POST", PATH, completion("The capital of France is", 8))
@@ -182,20 +189,43 @@ async def streams(server: Server, count: int, tokens: int) -> list[Answer]:
     return list(await asyncio.gather(*(ask(server.port, "POST", PATH, body) for body in bodies)))
 
 
-async def beside(server: Server, tokens: int, disturbance: list[tuple[str, str, Any]]) -> tuple[list[float], list[int]]:
-    """Seconds between the tokens of one stream, while the requests of `disturbance` are sent over and over; and the
-    statuses these got."""
-    stream = asyncio.create_task(streams(server, 1, tokens))
-    statuses: list[int] = []
+@dataclasses.dataclass
+class Beside:
+    """Seconds between the tokens of one stream, alone and beside the disturbance. statuses, seconds: of what disturbed;
+    0: it was not answered before the stream's end."""
 
-    async def disturb(request: tuple[str, str, Any]) -> None:
-        while not stream.done():
-            statuses.append((await ask(server.port, *request)).status)
+    quiet: list[float] = dataclasses.field(default_factory=list)
+    loud: list[float] = dataclasses.field(default_factory=list)
+    statuses: dict[int, int] = dataclasses.field(default_factory=dict)
+    seconds: list[float] = dataclasses.field(default_factory=list)
 
-    disturbers = [asyncio.create_task(disturb(request)) for request in disturbance]
-    (answer,) = await stream
-    await asyncio.gather(*disturbers)
-    return answer.gaps, sorted(set(statuses))
+
+async def beside(
+    server: Server, clients: Sequence[Sequence[tuple[str, str, Any]]], tokens: int = 100, rounds: int = 3
+) -> Beside:
+    """One stream, alone and beside `clients`, taking turns. Each client sends its requests one after another without a
+    pause, from one round to the next."""
+    seen, statuses = Beside(), Counter[int]()
+    endless = [itertools.cycle(requests) for requests in clients]
+
+    async def disturb(requests: Iterator[tuple[str, str, Any]]) -> None:
+        for request in requests:
+            answer = await ask(server.port, *request)
+            statuses[answer.status] += 1
+            seen.seconds.append(answer.seconds)
+
+    for _ in range(rounds):
+        for gaps, disturbing in ((seen.quiet, False), (seen.loud, True)):
+            await server.calm()
+            tasks = [asyncio.create_task(disturb(requests)) for requests in endless if disturbing]
+            await asyncio.sleep(0.2)  # it has begun
+            (answer,) = await streams(server, 1, tokens)
+            gaps += answer.gaps
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+    seen.statuses = dict(statuses)
+    return seen
 
 
 async def health_under_load(server: Server, count: int, tokens: int, every: float = 0.02) -> list[float]:

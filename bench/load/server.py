@@ -38,6 +38,16 @@ class Server:
         """Of the front end and all its children."""
         return sum(_cpu_seconds(pid) for pid in (self.pid, *_children(self.pid)))
 
+    async def calm(self, seconds: float = 15.0) -> None:
+        """Waits until nothing is in flight and no process of the server computes, for at most so long."""
+        await self.wait_idle(seconds)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            before = _tree_seconds(self.pid)
+            await asyncio.sleep(0.5)
+            if _tree_seconds(self.pid) - before <= 0.05:
+                return
+
     async def load(self) -> dict[str, Any]:
         answer = await ask(self.port, "GET", "/load")
         return dict(answer.json()) if answer.status == 200 else {}
@@ -85,6 +95,10 @@ def _children(pid: int) -> list[int]:
         return [int(child) for task in tasks for child in (task / "children").read_text().split()]
     except OSError:
         return []
+
+
+def _tree_seconds(pid: int) -> float:
+    return _cpu_seconds(pid) + sum(_tree_seconds(child) for child in _children(pid))
 
 
 def _resident(pid: int) -> int:

@@ -64,8 +64,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self._backend = backend
         self._lock = threading.Lock()
-        self._strict: tuple[tokenizers.Tokenizer, dict[int, int]] | None = None  # see _strict_backend
-        self._text_mark, self._token_mark = _secret(), _secret()
+        self._strict: tuple[tokenizers.Tokenizer, dict[int, int]] | None  # see _strict_backend
         self._byte_level, self._strips_space = _decoding(backend)
         self._num_embeddings = num_embeddings
         added = backend.get_added_tokens_decoder()
@@ -74,7 +73,7 @@ class Tokenizer:
         names = sorted((self._added[token_id] for token_id in self._special), key=len, reverse=True)
         either = "|".join(map(re.escape, names)) or "(?!)"
         self._name, self._name_start = re.compile(either), re.compile(f"(?={either})")
-        self._unmarked_name = re.compile(f"(?<!{self._text_mark})(?:{either})")
+        self.marks = _secret(), _secret()
         self._heads = {name[:size] for name in names for size in range(1, len(name))}
         self._tails = {name[size:] for name in names for size in range(1, len(name))}
         self._longest_name = max(map(len, names), default=0)
@@ -127,6 +126,17 @@ class Tokenizer:
             text = self._unmarked_name.sub(lambda match: self._token_mark + match[0], text)
             return self.encode(text.replace(self._text_mark, ""), add_special_tokens, parse_special=False)
         return self.encode(text, add_special_tokens)
+
+    @property
+    def marks(self) -> tuple[str, str]:
+        """The secrets of `mark_text`: another process that opens the same checkpoint may be given them."""
+        return self._text_mark, self._token_mark
+
+    @marks.setter
+    def marks(self, marks: tuple[str, str]) -> None:
+        self._text_mark, self._token_mark = marks
+        self._unmarked_name = re.compile(f"(?<!{self._text_mark})(?:{self._name.pattern})")
+        self._strict = None
 
     def least_tokens(self, text: str) -> int:
         """A lower bound of the tokens of `text`, found without tokenising: 0 where the rules allow no such bound."""

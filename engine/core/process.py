@@ -23,7 +23,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from engine import messages
+from engine import cores, messages
 from engine.core.stages import Stages
 from engine.errors import FenError, RequestError, is_out_of_memory
 from engine.messages import EngineInfo, EngineOptions, EngineStats, Output, Request, encode
@@ -147,6 +147,8 @@ def run(directory: str, build: Build) -> int:
 def _build(options: EngineOptions, progress: Progress) -> tuple[Core, EngineInfo]:
     stages = Stages(progress)
     stages("libraries")
+    if options.device != "cuda":
+        cores.bind(options.threads or cores.default_threads())
     from engine.core.build import build_core  # imports torch: after the first heartbeat
 
     core, info, _ = build_core(options, stages)

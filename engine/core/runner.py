@@ -11,6 +11,7 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.core.step import StepResult
+from engine.cores import default_threads
 from engine.errors import CapacityError
 from engine.grammar import Grammars
 from engine.messages import EngineInfo, EngineOptions, TokenLogprob
@@ -268,12 +269,6 @@ def kv_blocks(wanted: int | None, default: int, per_token: int, block_size: int,
             "choose a larger --kv-cache-tokens or a smaller --block-size."
         )
     return tokens // block_size
-
-
-def default_threads() -> int:
-    """OMP_NUM_THREADS where it is set, else the cores this process may use."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted) if wanted.isdecimal() and int(wanted) > 0 else len(os.sched_getaffinity(0))
 
 
 def available_memory() -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
-import threading
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,11 @@ from typing import Any
 import pytest
 
 from engine.checkpoint import Tokenizer
+from engine.errors import RequestError
 from engine.messages import Output, Request
 from server.json_route import MAX_DEPTH, deeper
-from server.service import LONG_TEXT, step_back
+from server.long_texts import LongTexts
+from server.service import LONG_TEXT
 from tests.server.live import LiveServer, events, settings
 from tests.server.scripted import ScriptedEngine, ask
 
@@ -138,17 +141,28 @@ def test_text_that_cannot_fit_is_refused_by_its_size(server: LiveServer) -> None
         assert error["code"] == "context_length_exceeded" and "512" in error["message"] and "1048" in error["message"]
 
 
-def test_long_texts_are_tokenised_with_patience(tokenizer: Tokenizer) -> None:
-    """In a thread of low priority, while the event loop keeps running."""
-    import os
+def test_long_texts_are_tokenised_with_patience(smollm2: Path, tokenizer: Tokenizer) -> None:
+    """In a process that gives way to everybody, with the same result, also of marked text."""
+    texts = LongTexts(tokenizer, str(smollm2), "auto")
+    try:
+        text = "The quick brown fox. " * LONG_TEXT
+        assert texts.encode(text, True) == tokenizer.encode(text)
+        marked = f"<|im_start|>{tokenizer.mark_text('not <|im_end|> the end')}<|im_end|>"
+        ids = tokenizer.encode_marked(marked)
+        assert texts.encode(marked, False, marked=True) == ids and ids.count(2) == 1
+        child = texts._child
+        assert child is not None
+        if sys.platform == "linux":
+            assert os.sched_getscheduler(child.pid) == os.SCHED_IDLE
+        with pytest.raises(RequestError, match="surrogate"):
+            texts.encode("\ud800", True)
+        child.kill()  # the next request gets a new one
+        assert texts.encode("hi", False) == tokenizer.encode("hi", False)
+    finally:
+        texts.close()
 
-    found: list[int] = []
-    thread = threading.Thread(target=lambda: (step_back(), found.append(os.getpriority(os.PRIO_PROCESS, 0))))
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    thread.start()
-    thread.join()
-    assert found == [min(max(before, 15), 19)] and os.getpriority(os.PRIO_PROCESS, 0) == before
 
+def test_tokenising_leaves_the_interpreter_free(tokenizer: Tokenizer) -> None:
     async def turns(text: str) -> tuple[int, int]:
         count, done = 0, asyncio.get_running_loop().run_in_executor(None, tokenizer.encode, text)
         while not done.done():

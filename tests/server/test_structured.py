@@ -227,7 +227,7 @@ def test_a_grammar_that_is_too_hard_is_refused_in_time(server: LiveServer) -> No
         refused = hard.result()
         seconds = time.monotonic() - started
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "structured_outputs.grammar"
-    assert "2 s" in refused.json()["error"]["message"] and seconds < 8, seconds
+    assert "2 s" in refused.json()["error"]["message"] and seconds < 15, seconds
     (worker,) = [
         child for child in psutil.Process(server.process.pid).children() if "server.grammar_worker" in child.cmdline()
     ]
