@@ -45,8 +45,8 @@ def session_steps_back() -> None:
     """As step_back, for the only process of a session and its children.
 
     Linux shares its cores among sessions first, and within each by priority: without this an idle session counts as
-    much as the one that computes.
+    much as the one that computes. A tenth of that is left to it where all cores are busy, lest nobody ever be answered.
     """
     step_back()
     with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as autogroup:
-        autogroup.write("19")
+        autogroup.write("10")

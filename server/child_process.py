@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
+from engine.errors import RequestError
+
 START_SECONDS = 20.0  # until a new child answers for the first time
 LENGTH = 8  # bytes of a frame's length
 
@@ -37,7 +39,8 @@ class ChildProcess:
             self._start()
 
     def ask(self, frame: bytes, seconds: float | None = None) -> bytes:
-        """Blocks. Raises Late after `seconds`; EOFError or OSError when it ends, and also ends when asked anew."""
+        """Blocks. Raises Late after `seconds`; EOFError or OSError when it ends, and also ends when asked anew;
+        RequestError once closed."""
         with self._lock:
             try:
                 try:
@@ -65,7 +68,7 @@ class ChildProcess:
 
     def _start(self) -> subprocess.Popen[bytes]:
         if self._closed:
-            raise EOFError("the server is shutting down")
+            raise RequestError("the server is shutting down")
         if self._child is None:
             path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
             self._child = subprocess.Popen(

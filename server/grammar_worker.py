@@ -104,11 +104,11 @@ def serve(grammars: Grammars) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server
-    session_steps_back()
     checkpoint = open_checkpoint(sys.argv[1], sys.argv[2])
     config = checkpoint.config
     grammars = Grammars(checkpoint.tokenizer, config.vocab_size, config.eos_token_ids)
     grammars.vocabulary  # noqa: B018 (made once, for all children)
+    session_steps_back()
     serve(grammars)
 
 

@@ -44,9 +44,9 @@ class LongTexts(ChildProcess):
 
 
 def _run() -> None:
-    session_steps_back()
     tokenizer = open_checkpoint(sys.argv[1], sys.argv[2]).tokenizer
     tokenizer.marks = unpack(read(sys.stdin.buffer) or b"")
+    session_steps_back()
     write(sys.stdout.buffer, b"")
     while (frame := read(sys.stdin.buffer)) is not None:
         text, add_special_tokens, marked = unpack(frame)
