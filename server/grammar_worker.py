@@ -46,11 +46,11 @@ def compile_one(grammars: Grammars, kind: str, text: str) -> Reply:
 def child(grammars: Grammars, kind: str, text: str, pipe: int) -> None:
     """Never returns. An alarm's default action ends the process, whatever code is running."""
     with contextlib.suppress(BaseException):
-        for timer, kind, seconds in (
+        for timer, alarm, seconds in (
             (signal.ITIMER_PROF, signal.SIGPROF, SECONDS),
             (signal.ITIMER_REAL, signal.SIGALRM, WALL_SECONDS),
         ):
-            signal.signal(kind, signal.SIG_DFL)
+            signal.signal(alarm, signal.SIG_DFL)
             signal.setitimer(timer, seconds)
         with open("/proc/self/statm") as statm:
             size = int(statm.read().split()[0]) * resource.getpagesize()
