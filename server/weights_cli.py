@@ -85,7 +85,7 @@ def compare(
     from bench.machine import Disturbance, cpu_name
     from bench.prices import parse_price
     from bench.prompts import text_of
-    from engine.core.runner import default_threads
+    from engine.cores import default_threads
 
     known = None if price is None else parse_price(price)
     options = EngineOptions(device="cpu", threads=threads)

@@ -60,6 +60,7 @@ class Status:
         self.stats = EngineStats()
         self.core: Core | None = None  # until then it is loading
         self.step_started: float | None = None
+        self.prepared = 0.0  # when it was last seen to prepare: a step's own time begins after that
 
     def heartbeat(self) -> messages.Heartbeat:
         started, core = self.step_started, self.core
@@ -67,8 +68,12 @@ class Status:
             return messages.Heartbeat(state="loading")
         if started is None:
             return messages.Heartbeat(state="idle", stats=self.stats)
-        state = core.preparing or "busy"
-        return messages.Heartbeat(state, time.monotonic() - started, core.forecast, self.stats)
+        now, state = time.monotonic(), core.preparing or "busy"
+        if state == "busy":
+            started = max(started, self.prepared)
+        else:
+            self.prepared = now
+        return messages.Heartbeat(state, now - started, core.forecast, self.stats)
 
 
 def beat(directory: str, status: Status) -> None:

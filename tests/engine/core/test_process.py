@@ -11,10 +11,12 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from engine.core.client import EngineClient
+from engine.core.process import Status
 from engine.errors import EngineDeadError, RequestError
 from engine.messages import EngineOptions, Output, Request, SamplingParams
 
@@ -24,6 +26,20 @@ ENDLESS, DIE, HANG, REFUSE, NORMAL = 1, 2, 3, 4, 5
 
 def request(id: str, order: int, max_tokens: int = 3) -> Request:
     return Request(id=id, prompt=[order], params=SamplingParams(max_tokens=max_tokens))
+
+
+def test_a_step_s_time_begins_when_what_is_done_once_is_done() -> None:
+    """Compiling may take a minute; the rest of that step is not that minute late."""
+    status, core = Status(), SimpleNamespace(preparing="compiling", forecast=0.1)
+    status.core = core  # type: ignore[assignment]
+    status.step_started = time.monotonic() - 60
+    assert status.heartbeat().state == "compiling" and status.heartbeat().step_seconds > 59
+    core.preparing = ""
+    beat = status.heartbeat()
+    assert beat.state == "busy" and beat.step_seconds < 5
+    status.step_started = time.monotonic() - 7
+    status.prepared -= 60  # that was long ago: a step that hangs is seen
+    assert status.heartbeat().step_seconds > 6
 
 
 def with_client(test: Callable[[EngineClient], Awaitable[None]], **options: object) -> None:
@@ -264,6 +280,7 @@ def test_idle_costs_no_cpu() -> None:
 PARENT = """
 import asyncio, sys
 from engine.core.client import EngineClient
+from engine.core.process import Status
 from engine.messages import EngineOptions
 async def main():
     client = EngineClient(EngineOptions(), command={command!r})
