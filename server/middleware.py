@@ -76,6 +76,8 @@ class Envelope:
             if (size := sum(len(name) + len(value) for name, value in scope["headers"])) > MAX_HEAD_BYTES:
                 raise ApiError(431, f"the request's headers have {size} bytes; at most {MAX_HEAD_BYTES}")
             await self.app(scope, bounded(scope, receive), reply)
+        except asyncio.CancelledError:
+            return  # the server ends, and this reply did not in time
         except Exception as error:
             if begun:
                 raise

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import logging
 import os
 import resource
 import socket
@@ -87,13 +88,14 @@ def serve(settings: ServerSettings) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn with our signals: the first drains while the port stays open, the second stops now. Exit status 0."""
+    """uvicorn with our signals: the first drains while the port stays open, the second ends what runs, the third does
+    not wait for that. Exit status 0."""
 
     def __init__(self, config: uvicorn.Config, service: Service, console: Console):
         super().__init__(config)
         self.service = service
         self.console = console
-        self.drainer: asyncio.Task[None] | None = None
+        self.drainers: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self.loop = asyncio.get_running_loop()
@@ -103,19 +105,22 @@ class Server(uvicorn.Server):
         self.loop.call_soon_threadsafe(self.begin_exit)
 
     def begin_exit(self) -> None:
-        if self.drainer is not None:
+        if len(self.drainers) == 2:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would say what each task was doing
             self.should_exit = self.force_exit = True
             return
-        self.drainer = asyncio.create_task(self.drain())
+        for drainer in self.drainers:
+            drainer.cancel()
+        self.drainers.append(
+            asyncio.create_task(self.drain(0 if self.drainers else self.service.settings.drain_timeout))
+        )
 
-    async def drain(self) -> None:
-        log.info("draining", extra={"fields": {"completions": self.service.admitted}})
-        if self.service.admitted:
-            seconds = self.service.settings.drain_timeout
-            self.console.print(
-                f"Finishing {self.service.admitted} completions, for at most {seconds:g} s; a second signal stops now."
-            )
-        await self.service.drain(self.service.settings.drain_timeout)
+    async def drain(self, seconds: float) -> None:
+        log.info("draining", extra={"fields": {"completions": self.service.admitted, "seconds": seconds}})
+        if self.service.admitted and seconds:
+            completions = "1 completion" if self.service.admitted == 1 else f"{self.service.admitted} completions"
+            self.console.print(f"Finishing {completions}, for at most {seconds:g} s; a second signal stops now.")
+        await self.service.drain(seconds)
         self.should_exit = True
 
 

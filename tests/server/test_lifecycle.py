@@ -137,17 +137,38 @@ def test_sigterm_lets_the_queue_finish_too(launch: Callable[..., LiveServer]) ->
     assert "Finishing 3 completions" in live.printed()
 
 
+def signal_and_wait(live: LiveServer, number: signal.Signals, lines: int) -> None:
+    """Sends it, until the log says so many times that the server drains."""
+    live.process.send_signal(number)
+    while live.printed().count("INFO draining") < lines:
+        time.sleep(0.005)
+
+
 def test_second_signal_stops_now(launch: Callable[..., LiveServer]) -> None:
     live = launch(drain_timeout=60)
     engine = live.engine_pid()
+    reader = Reader(live)
+    signal_and_wait(live, signal.SIGTERM, 1)
+    live.process.send_signal(signal.SIGINT)
+    assert reader.last()["choices"][0]["finish_reason"] == "abort"
+    assert live.process.wait(10) == 0
+    assert "Finishing 1 completion," in live.printed() and "Traceback" not in live.printed()
+    assert not psutil.pid_exists(engine)
+
+
+def test_third_signal_waits_for_nothing(launch: Callable[..., LiveServer]) -> None:
+    """Not even for an engine that does not answer."""
+    live = launch(drain_timeout=60)
+    engine = psutil.Process(live.engine_pid())
     Reader(live)
-    live.process.send_signal(signal.SIGTERM)
-    while live.http.get("/ready").status_code == 200:
-        time.sleep(0.005)
+    engine.suspend()
+    for lines in (1, 2):
+        signal_and_wait(live, signal.SIGINT, lines)
     live.process.send_signal(signal.SIGINT)
     assert live.process.wait(5) == 0
-    psutil.wait_procs([psutil.Process(engine)] if psutil.pid_exists(engine) else [], timeout=5)
-    assert not psutil.pid_exists(engine)
+    assert "Traceback" not in live.printed()
+    engine.resume()
+    engine.wait(10)
 
 
 def test_port_in_use_is_one_sentence(server: LiveServer, smollm2: Path) -> None:
