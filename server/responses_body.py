@@ -67,7 +67,7 @@ class FunctionTool(Body):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="a JSON schema")
-    strict: bool | None = Field(None, description="without effect: arguments always follow the schema")
+    strict: bool | None = Field(None, description="true: refuse what the schema has and is not supported")
 
 
 class FunctionChoice(Body):
