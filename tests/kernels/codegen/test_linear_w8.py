@@ -138,10 +138,10 @@ def test_dequantise_machine_code(gpu: Gpu, w: torch.dtype, group: int) -> None:
     assert code.widths("LDG")["128"] > 0
 
 
-@pytest.mark.parametrize("gpu", (A100, H100), ids=lambda g: g.name)
-def test_quantise_rows_machine_code(gpu: Gpu) -> None:
-    types = dict(X="*fp16", out="*i8", scales="*fp32", s_x="i32", s_out="i32")
-    constants = dict(K=14336, BLOCK=16384, QMAX=127.0)
+@pytest.mark.parametrize(("gpu", "out"), ((A100, INT8), (H100, INT8), (L40S, FP8), (H100, FP8)))
+def test_quantise_rows_machine_code(gpu: Gpu, out: torch.dtype) -> None:
+    types = dict(X="*fp16", out=NAMES[out], scales="*fp32", s_x="i32", s_out="i32")
+    constants = dict(K=14336, BLOCK=16384, QMAX=127.0 if out == INT8 else 448.0)
     aligned = ("s_x", "s_out")
     kernel = fused.quantise_rows_kernel
     code = MachineCode(
