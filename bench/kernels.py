@@ -39,6 +39,8 @@ def run(
     cases = [case for case in cases if only in f"{case.kernel} {case.label}"]
     if not cases:
         raise BenchError(f"No case contains {only!r}; they are named like 'w4a16 llama-3-8b gate_up W4 g128 M16'.")
+    if output is not None:
+        results.check_writable(Path(output) / "kernels.json")
     if place.device.type == "cpu":
         print(
             "There is no GPU here that PyTorch can use: the Triton kernels are not timed. What follows are the "

@@ -11,6 +11,7 @@ import datetime
 import json
 import math
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,21 @@ def new(
         price=price,
         data=data,
     )
+
+
+def check_writable(path: Path) -> None:
+    """Makes the folder that `path` is to be in. FenError if nothing can be written there: said before a measurement
+    rather than after it."""
+    from engine.errors import FenError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise FenError(f"{path} cannot be written: {error.strerror}.") from None
+    if path.is_dir():
+        raise FenError(f"{path} is a folder; name a file.")
 
 
 def save(path: Path, result: Result) -> None:

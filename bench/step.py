@@ -56,6 +56,8 @@ def run(
     cpu = place.device.type == "cpu"
     if cpu and weights != "Q4_1":
         raise BenchError(f"On a CPU the 4-bit weights are Q4_1; {weights} runs on a GPU.")
+    if json_path is not None:
+        results.check_writable(Path(json_path))
     meanwhile = Disturbance(os.getpid())
     ceilings = measure_ceilings(place.device)
     print(kernels.describe(ceilings, kernels.device_name(place.device)))

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from engine.errors import FenError
+from engine.errors import FenError, is_out_of_memory
 from engine.messages import EngineOptions, SamplingParams
 from server import weights_cli
 from server.bench_cli import bench, check_installation
@@ -46,6 +46,10 @@ class Commands(TyperGroup):
                 raise
             if isinstance(error, FenError):
                 typer.echo(f"fen: {error}", err=True)
+            elif is_out_of_memory(error):
+                typer.echo("fen: there is not enough memory for this; choose a smaller model or fewer tokens", err=True)
+            elif isinstance(error, OSError) and error.filename is not None:
+                typer.echo(f"fen: {error.filename}: {error.strerror}", err=True)
             else:
                 typer.echo(
                     f"fen: this is a bug in Fen: {type(error).__name__}: {error} (FEN_DEBUG=1 shows where)", err=True

@@ -14,7 +14,7 @@ from rich.table import Table
 import seeds
 from bench.prices import Price, parse_price, usd
 from engine.checkpoint import Checkpoint, open_checkpoint, pull
-from engine.checkpoint.dummy import SHAPES
+from engine.checkpoint.dummy import SCHEMES, SHAPES
 from engine.errors import FenError
 from engine.messages import EngineOptions
 from engine.planner import GIB, WEIGHTS, Machine, Plan, check_fit, plan
@@ -45,6 +45,10 @@ def show_plan(question: Question, console: Console, json_path: str | None) -> No
         raise FenError(f"--weights is {question.weights!r}; it must be one of {', '.join(WEIGHTS)}")
     asked = parse_price(question.price) if question.price is not None else None
     context = question.context or min(checkpoint.config.max_position, question.prompt_tokens + question.output_tokens)
+    if context > checkpoint.config.max_position:
+        raise FenError(
+            f"--context is {context:,}; {checkpoint.name} has positions for {checkpoint.config.max_position:,} tokens"
+        )
     options = EngineOptions(dtype=question.dtype, max_num_seqs=max(question.batches))
     if question.device == "cpu":
         machine, price, origin = _this_cpu(console), asked, "measured here, in this run"
@@ -66,7 +70,12 @@ def show_plan(question: Question, console: Console, json_path: str | None) -> No
 def open_header(model: str) -> Checkpoint:
     """The checkpoint without its weights: of a hub id that is not here only config.json is fetched."""
     path = Path(model).expanduser()
-    if model in SHAPES or path.name == "config.json":
+    shape, _, suffix = model.rpartition("-")
+    if (
+        model in SHAPES
+        or (shape in SHAPES and f"-{suffix}" in SCHEMES)
+        or (path.name == "config.json" and path.exists())
+    ):
         return open_checkpoint(model, "dummy")
     if path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
         return open_checkpoint(model, "dummy")
@@ -140,7 +149,7 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     )
     sources = [name for name in ("roofline", "forecast") if name in plan["batches"][0]]
     prices = ["US$/M prompt", "generated", "3:1 blend"] if price else []
-    table = Table("sequences", "", "prefill tok/s", "decode tok/s", *prices)
+    table = Table("batch", "", "prefill tok/s", "decode tok/s", *prices)
     for column in table.columns[2:]:
         column.justify = "right"
     for row in plan["batches"]:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from engine.errors import FenError
 from engine.messages import EngineOptions
 from server.bench_cli import check_installation
 from server.flags import PriceOption
@@ -70,7 +71,9 @@ def compare(
     threads: Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads; default: all cores.")] = None,
     price: PriceOption = None,
     json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the result there, too.")] = None,
-    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw quality against cost, as PNG or SVG.")] = None,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw quality against cost, as PNG, SVG or PDF.")
+    ] = None,
 ) -> None:
     """Show what smaller forms of a model cost in quality and give in bytes, speed and US$.
 
@@ -88,6 +91,10 @@ def compare(
     from engine.cores import default_threads
 
     known = None if price is None else parse_price(price)
+    if plot is not None and Path(plot).suffix not in (".png", ".svg", ".pdf"):
+        raise FenError(f"--plot is {plot!r}; the name of a picture ends in .png, .svg or .pdf.")
+    for path in filter(None, (json, plot)):
+        results.check_writable(Path(path))
     options = EngineOptions(device="cpu", threads=threads)
     given = text_of(None if text is None else Path(text), "--text", "evaluation.txt")
     others = Disturbance(os.getpid())

@@ -75,21 +75,32 @@ def quantize(
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        _write(checkpoint, partial, target, group, dtype, stream, on_layer)
+        write_json(partial / "config.json", config)
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    finally:  # also at Ctrl-C and on a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+    on_layer(checkpoint.config.num_layers, checkpoint.config.num_layers)
+    return output
+
+
+def _write(
+    checkpoint: Checkpoint, folder: Path, target: Target, group: int, dtype: str, stream: Stream | None,
+    on_layer: Callable[[int, int], None],
+) -> None:  # fmt: skip
+    """Weights and tokenizer."""
     worker = _Worker(checkpoint, target, group, getattr(torch, dtype))
-    shards = Shards(partial, checkpoint.config.num_layers + 1)
+    shards = Shards(folder, checkpoint.config.num_layers + 1)
     with torch.inference_mode():
         for index in range(checkpoint.config.num_layers):
             on_layer(index, checkpoint.config.num_layers)
             shards.write(worker.layer(index, stream))
         shards.write(worker.rest())
     shards.finish()
-    write_json(partial / "config.json", config)
-    write_tokenizer(checkpoint, partial)
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
-    on_layer(checkpoint.config.num_layers, checkpoint.config.num_layers)
-    return output
+    write_tokenizer(checkpoint, folder)
 
 
 class _Worker:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -102,7 +103,8 @@ def _not_found(model: str, path: Path) -> str:
     if model in SHAPES:
         return f"{model} is a built-in shape without weights; add --load-format dummy to run it on random ones"
     parent = next((folder for folder in path.parents if folder.is_dir()), Path("."))
-    names = [entry.name for entry in parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
+    entries = list(parent.iterdir()) if os.access(parent, os.R_OK) else []
+    names = [entry.name for entry in entries if entry.suffix == ".gguf" or os.path.isfile(entry / "config.json")]
     near = [str(parent / name) for name in difflib.get_close_matches(path.name, names, 3, 0.5)]
     near += difflib.get_close_matches(model.lower(), [*pull.SHORT_NAMES], 1, 0.5)
     hint = f"did you mean {' or '.join(near)}? Otherwise give" if near else "give"

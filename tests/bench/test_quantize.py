@@ -144,3 +144,13 @@ def test_groups(random_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
 def test_a_model_without_a_group_is_refused(random_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(FenError, match="no group of 128, 64 or 32 columns divides"):
         run.quantize(str(random_checkpoint(intermediate_size=176)), "w4a16", tmp_path / "out", "rtn")
+
+
+def test_an_interrupted_run_leaves_nothing(random_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        assert list(tmp_path.iterdir()) == [tmp_path / "out.partial"]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.quantize(str(random_checkpoint()), "w8a16", tmp_path / "out", on_layer=interrupt)
+    assert list(tmp_path.iterdir()) == []

@@ -137,6 +137,22 @@ def test_fen_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in result.stderr and result.returncode == 1
 
 
+def test_output_that_cannot_be_written_is_said_before_the_work(tmp_path: Path, smollm2: Path) -> None:
+    (tmp_path / "file").touch()
+    there = str(tmp_path / "file" / "x.json")
+    for arguments, named in (
+        (("compare", str(smollm2), "--json", there), f"{there} cannot be written: "),
+        (("compare", str(smollm2), "--json", str(tmp_path)), "is a folder; name a file"),
+        (("compare", str(smollm2), "--plot", "x.txt"), "--plot is 'x.txt'; the name of a picture ends in .png"),
+        (("bench", "step", "--json", there), f"{there} cannot be written: "),
+        (("bench", "kernels", "--output", there), "cannot be written: "),
+        (("quantize", str(smollm2), "--to", "w8a16", "--output", there), f"{there}.partial: Not a directory"),
+    ):
+        result = fen_process(*arguments)
+        assert result.returncode == 1 and named in result.stderr, result.stderr
+        assert "bug" not in result.stderr and "|" not in result.stdout
+
+
 def test_doctor_says_what_there_is() -> None:
     result = fen_process("doctor")
     assert result.returncode == 0, result.stdout + result.stderr

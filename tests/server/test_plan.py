@@ -48,6 +48,15 @@ def test_what_cannot_fit_or_is_not_known_is_one_sentence() -> None:
         ("--plan", "yi-34b", "--device", "l4", "--weights", "w3"): "--weights is 'w3'; it must be one of",
         ("--plan", "yi-34b", "--device", "h200", "--price", "0"): "must be a number above 0",
         ("--plan", "no-such-model", "--device", "h200"): "there is no model 'no-such-model'",
+        ("--plan", "/no/such/config.json", "--device", "h200"): "there is no model '/no/such/config.json'",
+        (
+            "--plan",
+            "llama-3-8b-w4a16",
+            "--device",
+            "h200",
+            "--context",
+            "9999999",
+        ): "--context is 9,999,999; llama-3-8b",
     }.items():
         result = fen_process("cost", *arguments)
         assert result.returncode == 1

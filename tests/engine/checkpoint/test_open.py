@@ -54,6 +54,7 @@ def test_wrong_paths_say_what_is_near(tmp_path: Path) -> None:
         "": "short name smollm2-135m-instruct",
         "tests/nothing": "there is no model 'tests/nothing'",
         "no such model": "there is no model",
+        "test": "there is no model 'test'; give a path",  # not "did you mean tests?", which holds no model
     }.items():
         with pytest.raises(CheckpointError) as error:
             open_checkpoint(model)
