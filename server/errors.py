@@ -33,7 +33,8 @@ WORDS = {  # for pydantic's, where they speak of Python
     "list_type": "must be a list",
 }
 MAX_DETAILS = 10
-MAX_ECHO = 200  # characters of the caller's input that a message repeats
+MAX_ECHO = 200  # characters of the caller's input that a message repeats,
+ECHO_EACH = 80  # and of each value
 
 
 class ApiError(HTTPException):
@@ -89,7 +90,7 @@ def _from_http(error: HTTPException) -> ApiError:
 
 
 def _from_validation(errors: Sequence[Any]) -> ApiError:
-    details, first = [], None
+    details, first, left = [], None, MAX_ECHO
     for entry in errors[:MAX_DETAILS]:
         param = param_of(entry["loc"])
         first = first or param
@@ -99,7 +100,9 @@ def _from_validation(errors: Sequence[Any]) -> ApiError:
         elif entry["type"].startswith("fen"):  # our own validators already say what they got
             details.append(f"{param}: {message}")
         else:
-            details.append(f"{param or 'body'}: {message}, not {echo(entry.get('input'))}")
+            shown = echo(entry.get("input"), min(left, ECHO_EACH))
+            details.append(f"{param or 'body'}: {message}" + (f", not {shown}" if left else ""))
+            left = max(left - len(shown), 0)
     if len(errors) > MAX_DETAILS:
         details.append(f"and {len(errors) - MAX_DETAILS} more")
     return ApiError(400, "; ".join(details), param=first)
@@ -113,11 +116,10 @@ def param_of(location: Sequence[Any]) -> str | None:
     return name or None
 
 
-def echo(value: Any) -> str:
-    """A short JSON rendering of the caller's input."""
+def echo(value: Any, most: int = ECHO_EACH) -> str:
+    """A short JSON rendering of the caller's input, of at most so many characters and an ellipsis."""
     text = msgspec.json.encode(value).decode() if not isinstance(value, (bytes, bytearray)) else repr(bytes(value))
-    budget = MAX_ECHO // MAX_DETAILS * 4
-    return text if len(text) <= budget else text[:budget] + "…"
+    return text if len(text) <= most else text[:most] + "…"
 
 
 def error_response(error: BaseException) -> Response:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import struct
 import sys
 from collections import OrderedDict
@@ -13,7 +14,7 @@ from collections import OrderedDict
 import msgspec
 
 from engine.errors import RequestError
-from server.errors import ApiError
+from server.errors import MAX_ECHO, ApiError
 from server.structured import Structure
 
 CACHED = 256
@@ -50,7 +51,7 @@ class GrammarCheck:
         except (TimeoutError, ConnectionError):
             raise ApiError(503, "grammars cannot be compiled at the moment; try again", retry_after=2) from None
         if grammar is None:
-            raise RequestError(f"{structure.param}: {problem}", structure.param, "invalid_grammar")
+            raise refusal(structure, problem)
         self._known[key] = grammar
         if len(self._known) > CACHED:
             self._known.popitem(last=False)
@@ -109,3 +110,18 @@ class GrammarCheck:
         for future in waiting.values():
             if not future.done():
                 future.set_exception(ConnectionError("ended"))
+
+
+def refusal(structure: Structure, problem: str) -> RequestError:
+    """What llguidance says, without what it quotes of a grammar that is ours; of tools, naming the one at fault."""
+    param = structure.param
+    text = re.split(r" \d+ \| ", problem, maxsplit=1)[0]
+    place = re.match(r"at (\d+)\(\d+\): (?:failed to compile JSON schema: )?", text)
+    if place is not None and structure.kind != "grammar":
+        text = text[place.end() :]
+        for tool in re.findall(r"^arguments_(\d+):", structure.text.split("\n")[int(place[1]) - 1]):
+            param = f"tools[{tool}].function.parameters"
+    if regex := re.search(r"regex parse error: .* error: (.*)", text):
+        text = f"this is no regular expression: {regex[1]}"
+    shown = text if len(text) <= MAX_ECHO else text[:MAX_ECHO] + "…"
+    return RequestError(f"{param}: {shown}", param, "invalid_grammar")

@@ -87,7 +87,6 @@ def bounded(structure: Structure, limit: int = MAX_SCHEMA_BYTES) -> Structure:
 def grammar_of(kind: str, text: str) -> str:
     """As llguidance reads it. Raises ValueError for what is none; JSON is compact, the order of keys the schema's."""
     from llguidance import LLMatcher, regex_to_lark
-    from llguidance.gbnf_to_lark import any_to_lark
 
     if kind == "json":
         return LLMatcher.grammar_from_json_schema(text, overrides=COMPACT)  # type: ignore[arg-type]
@@ -98,7 +97,21 @@ def grammar_of(kind: str, text: str) -> str:
         return LLMatcher.grammar_from_lark(f"start: /{lark}/")
     if kind == "choice":
         return LLMatcher.grammar_from_lark("start: " + " | ".join(map(literal, json.loads(text))))
-    return LLMatcher.grammar_from_lark(any_to_lark(text) if kind == "grammar" else text)
+    return LLMatcher.grammar_from_lark(lark_of(text) if kind == "grammar" else text)
+
+
+def lark_of(text: str) -> str:
+    """A grammar in Lark's form, of one in that or llama.cpp's. Raises ValueError."""
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return any_to_lark(text)
+    except MemoryError:
+        raise
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except Exception as error:  # it raises no kind of its own for an unknown rule
+        raise ValueError(str(error)) from None
 
 
 def literal(text: str) -> str:

@@ -153,8 +153,8 @@ CASES = [
     chat("tools[0].function.parameters", tools=[tool("f", [])]),
     chat("tools[0].function.parameters", tools=[tool("f", {"type": "string"})]),
     chat("tools[0].function.parameters", tools=[tool("f", {"description": "x" * 2**16})]),
-    chat("tools", tools=[tool("f", {"type": "object", "properties": {"a": {"type": "strin"}}})]),
-    chat("tools", tools=[tool("f", {"properties": {"a": {"not": {}}}}, strict=True)]),
+    chat("tools[0].function.parameters", tools=[tool("f", {"properties": {"a" * 500: {"type": "strin"}}}), tool("g")]),
+    chat("tools[1].function.parameters", tools=[tool("g"), tool("f", {"properties": {"a": {"not": {}}}}, strict=True)]),
     chat("tool_choice", tool_choice="required"),
     chat("tool_choice", tools=[tool("f")], tool_choice={"type": "function", "function": {"name": "g"}}),
     chat("tool_choice", tools=[tool("f")], tool_choice="sometimes"),
@@ -237,7 +237,24 @@ def test_context_length_names_both_numbers(server: LiveServer) -> None:
 def test_many_mistakes_give_a_short_answer(server: LiveServer) -> None:
     response = server.complete([1], stop_token_ids=["x" * 1000] * 60, temperature=9)
     error = check_error(response, 400, "temperature")
-    assert "51 more" in error["message"]
+    assert "51 more" in error["message"] and 150 < error["message"].count("x") <= 200
+
+
+@pytest.mark.parametrize(
+    ("structure", "said"),
+    [
+        ({"regex": "[a"}, "this is no regular expression: unclosed character class"),
+        ({"grammar": 'root ::= ("a"'}, r"Expected '\)'"),
+        ({"grammar": "root ::= a"}, "Rule 'a' not found"),
+        ({"grammar": "start: a"}, 'at 1.8.: unknown name: "a"'),
+        ({"json": {"type": "strin"}}, "Invalid type: strin"),
+        ({"json": {"type": "z" * 5000}}, "Invalid type: z{160,200}…"),
+    ],
+)
+def test_what_is_wrong_with_a_grammar(server: LiveServer, structure: dict[str, Any], said: str) -> None:
+    (name,) = structure
+    error = check_error(server.chat(structured_outputs=structure), 400, f"structured_outputs.{name}")
+    assert re.fullmatch(rf"structured_outputs.{name}: ({said})", error["message"].split(" at line")[0]), error
 
 
 def test_null_is_absent_and_neutral_values_pass(server: LiveServer) -> None:
