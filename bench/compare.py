@@ -75,24 +75,27 @@ def compare(
 ) -> list[Row]:
     """One row a model, in order; the first is the reference. Raises FenError."""
     wanted = [parse(name, options) for name in names]
-    for one in wanted:  # what cannot be opened is said before the minutes that the first ones take
-        open_checkpoint(one.model, one.load_format)
+    ids: list[int] = []
+    vocab_size = 0
+    for name, one in zip(
+        names, wanted, strict=True
+    ):  # what is wrong is said before the minutes that the first ones take
+        checkpoint = open_checkpoint(one.model, one.load_format)
+        if window > checkpoint.config.max_position:
+            raise FenError(f"--window is {window}; the context of {name} is {checkpoint.config.max_position} tokens.")
+        found = checkpoint.tokenizer.encode(text, add_special_tokens=False)[:tokens]
+        if len(found) < 2:
+            raise FenError("The text has fewer than two tokens.")
+        if ids and (found != ids or checkpoint.config.vocab_size != vocab_size):
+            raise FenError(f"{name} has another tokenizer than {names[0]}, so their predictions cannot be compared.")
+        ids, vocab_size = found, checkpoint.config.vocab_size
     rows: list[Row] = []
     reference: list[torch.Tensor] | None = None
-    ids: list[int] = []
     for name, one in zip(names, wanted, strict=True):
         say(f"loading {name}")
         pool = max(window, (batch + 1) * (PROMPT + NEW)) + 256
         settings = msgspec.structs.replace(one, kv_cache_tokens=pool, max_num_seqs=batch, enable_prefix_caching=False)
         engine = LocalEngine(settings)
-        found = engine.checkpoint.tokenizer.encode(text, add_special_tokens=False)[:tokens]
-        if len(found) < 2:
-            raise FenError("The text has fewer than two tokens.")
-        if reference is not None and (found != ids or engine.info.vocab_size != reference[0].shape[1]):
-            raise FenError(f"{name} has another tokenizer than {names[0]}, so their predictions cannot be compared.")
-        if window > engine.info.max_model_len:
-            raise FenError(f"--window is {window}; the context of {name} is {engine.info.max_model_len} tokens.")
-        ids = found
         say(f"computing {len(ids)} tokens with {name}")
         computed = _log_probabilities(engine, ids, window)
         first = reference or computed

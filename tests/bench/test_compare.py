@@ -49,14 +49,16 @@ def test_other_tokenizers_are_refused(random_checkpoint: Callable[..., Path], tm
     shown = CliRunner().invoke(
         app, ["compare", small, large, "--text", str(text), "--tokens", "40", "--window", "40", "--batch", "1"]
     )
-    assert shown.exit_code == 1 and "has another tokenizer" in shown.output
+    assert shown.exit_code == 1 and "has another tokenizer" in shown.output and "|" not in shown.output
+    shown = CliRunner().invoke(app, ["compare", small, "--text", str(text), "--window", "5000"])
+    assert shown.exit_code == 1 and "--window is 5000; the context of" in shown.output
 
 
 def test_a_model_that_is_not_there_is_said_first(random_checkpoint: Callable[..., Path]) -> None:
     said: list[str] = []
     with pytest.raises(FenError, match="there is no model 'no-such-model'"):
         comparison.compare(
-            [str(random_checkpoint()), "no-such-model"], EngineOptions(), "x", 9, 9, 1, None, said.append
+            [str(random_checkpoint()), "no-such-model"], EngineOptions(), "one two", 9, 9, 1, None, said.append
         )
     assert not said
 
