@@ -31,12 +31,14 @@ def print_banner(console: Console, info: EngineInfo, service: Service, host: str
         ),
         ("Price", f"US${price.usd_per_device_hour:g} per device-hour ({price.name})" if price else reason),
         ("Loaded in", loaded(info)),
-        ("OpenAI API", f"{url}/v1   (metrics: {url}/metrics, routes: {url}/docs)"),
+        ("OpenAI API", f"{url}/v1{'   (with an API key)' if service.keys else ''}"),
+        ("In a browser", f"{url}   (routes: {url}/docs, metrics: {url}/metrics)"),
     ):
         table.add_row(name, value)
     console.print(Panel(table, title=f"Fen serves {model}", title_align="left", expand=False, border_style="green"))
     body = json.dumps({"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 64})
-    line = f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    key = ' -H "Authorization: Bearer $FEN_API_KEY"' if service.keys else ""
+    line = f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
     console.print("Try it:", style="bold")
     console.print(line, soft_wrap=True, highlight=False, markup=False)
 

@@ -91,6 +91,12 @@ def test_the_children_do_not_see_the_keys(guarded: LiveServer) -> None:
     assert b"PATH=" in environment and BOB.encode() not in environment
 
 
+def test_the_line_to_try_brings_a_key_and_shows_none(guarded: LiveServer) -> None:
+    printed = guarded.printed()
+    assert 'chat/completions -H "Authorization: Bearer $FEN_API_KEY"' in printed
+    assert ADA not in printed and BOB not in printed
+
+
 def test_the_terminal_sends_the_key_of_its_environment(guarded: LiveServer) -> None:
     result = fen_process("cost", "--url", guarded.url, FEN_API_KEY=ADA)
     assert result.returncode == 0, result.stderr
