@@ -94,10 +94,17 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     os.environ["USE_HUB_KERNELS"] = "NO"  # transformers' optional package `kernels` is not this project's
     folder: Path = arguments.output or (Path(tempfile.mkdtemp()) if arguments.dry else RESULTS / "gpu")
+    try:
+        (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {folder} cannot be written: {error.strerror}")
     deadline = time.monotonic() + 60 * arguments.minutes
     results: dict[str, Result] = {}
     waiting = sections(arguments.dry)
-    waiting = waiting[:2] + [section for section in waiting[2:] if arguments.only in section.name]
+    chosen = [section for section in waiting if arguments.only in section.name]
+    if not chosen:
+        parser.error(f"--only is {arguments.only!r}; sections are {', '.join(section.name for section in waiting)}")
+    waiting = waiting[:2] + [section for section in waiting[2:] if section in chosen]
     while waiting:
         batch = [waiting.pop(0)]
         while waiting and batch[0].together and waiting[0].together:

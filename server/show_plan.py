@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import seeds
+from bench import results
 from bench.prices import Price, parse_price, usd
 from engine.checkpoint import Checkpoint, open_checkpoint, pull
 from engine.checkpoint.dummy import SCHEMES, SHAPES
@@ -43,6 +44,8 @@ def show_plan(question: Question, console: Console, json_path: str | None) -> No
     checkpoint = open_header(question.model)
     if question.weights is not None and question.weights not in WEIGHTS:
         raise FenError(f"--weights is {question.weights!r}; it must be one of {', '.join(WEIGHTS)}")
+    if json_path is not None:
+        results.check_writable(Path(json_path))
     asked = parse_price(question.price) if question.price is not None else None
     context = question.context or min(checkpoint.config.max_position, question.prompt_tokens + question.output_tokens)
     if context > checkpoint.config.max_position:
@@ -151,14 +154,14 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     prices = ["US$/M prompt", "generated", "3:1 blend"] if price else []
     table = Table("batch", "", "prefill tok/s", "decode tok/s", *prices)
     for column in table.columns[2:]:
-        column.justify = "right"
+        column.justify, column.overflow = "right", "fold"  # no figure is cut off
     for row in plan["batches"]:
         for name in sources:
             of = row[name]
             cells = [str(row["batch"]) if name == sources[0] else "", name]
             cells += [f"{of['prefill_tokens_per_second']:,.0f}", f"{of['decode_tokens_per_second']:,.0f}"]
             if price:
-                cells += [usd(value) for value in of["usd_per_million_tokens"].values()]
+                cells += [usd(value).removeprefix("US$") for value in of["usd_per_million_tokens"].values()]
             table.add_row(*cells, end_section=name == sources[-1])
         if not row["fits"]:
             table.add_row("", "does not fit", end_section=True)

@@ -55,6 +55,17 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert result.returncode == 1 and "no GPU here" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_wrong_options_are_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for options, named in (
+        (["--only", "zzz"], "--only is 'zzz'; sections are machine, ceilings, check w4 1 of 1,"),
+        (["--output", str(tmp_path / "file" / "x")], "cannot be written: Not a directory"),
+    ):
+        command = [*COMMAND, "--dry", "--output", str(tmp_path), *options]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 2 and named in result.stderr and "Traceback" not in result.stderr
+
+
 def _good(dry: bool, folder: Path) -> Iterator[dict[str, Any]]:
     yield {"value": 1}
     (folder / "ran").write_text((folder / "ran").read_text() + "x" if (folder / "ran").exists() else "x")
