@@ -76,8 +76,10 @@ class Envelope:
             if (size := sum(len(name) + len(value) for name, value in scope["headers"])) > MAX_HEAD_BYTES:
                 raise ApiError(431, f"the request's headers have {size} bytes; at most {MAX_HEAD_BYTES}")
             await self.app(scope, bounded(scope, receive), reply)
-        except asyncio.CancelledError:
-            return  # the server ends, and this reply did not in time
+        except asyncio.CancelledError:  # the server ends, and this reply did not in time
+            if not begun:
+                gone = ApiError(503, "the server is shutting down", code="draining", retry_after=5)
+                await error_response(gone)(scope, receive, reply)
         except Exception as error:
             if begun:
                 raise

@@ -12,8 +12,10 @@ import resource
 import socket
 from types import FrameType
 
+import h11
 import uvicorn
 from rich.console import Console
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bench.prices import parse_price
 from engine.checkpoint import open_checkpoint
@@ -21,6 +23,7 @@ from engine.core.client import EngineClient
 from engine.errors import FenError
 from server.app import create_app
 from server.banner import print_banner
+from server.errors import ApiError, error_response
 from server.keys import read_keys
 from server.logs import log, logging_to
 from server.service import Service
@@ -75,7 +78,7 @@ def serve(settings: ServerSettings) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
-            http="h11",  # the parser that bounds what it reads of a head, whatever else is installed
+            http=Http,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             ws="none",
             timeout_keep_alive=75,  # longer than clients keep a connection, so that they close it first
@@ -85,6 +88,18 @@ def serve(settings: ServerSettings) -> None:
         server.run(sockets=[listener])
         if failure is not None:
             raise failure
+
+
+class Http(H11Protocol):
+    """uvicorn's, by the parser that bounds what it reads of a head; what is no HTTP gets an error as all others."""
+
+    def send_400_response(self, msg: str) -> None:
+        message = f"this is no HTTP request that can be read, or its head has more than {MAX_HEAD_BYTES // 2**10} KiB"
+        reply = error_response(ApiError(400, message))
+        head = h11.Response(status_code=400, headers=[*reply.raw_headers, (b"connection", b"close")])
+        for event in (head, h11.Data(data=bytes(reply.body)), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
 
 class Server(uvicorn.Server):

@@ -120,6 +120,18 @@ def test_large_heads(server: LiveServer) -> None:
     assert server.http.get("/health", headers={"X-Fine": "x" * 8000}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "pieces",
+    [(b"HELLO\r\n\r\n",), (b"GET /health HTTP/1.1\r\n\r\n",), (head()[:-2], b"X-Big: " + b"x" * 70_000)],
+    ids=["no HTTP", "no Host", "endless"],
+)
+def test_what_is_no_http(server: LiveServer, pieces: tuple[bytes, ...]) -> None:
+    answer, _, body = exchange(server, *pieces, pause=0.1).partition(b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"application/json" in answer and b"connection: close" in answer
+    error = json.loads(body)["error"]
+    assert error["type"] == "invalid_request_error" and "32 KiB" in error["message"]
+
+
 def test_depth(server: LiveServer) -> None:
     def nested(depth: int) -> Any:
         value: Any = 1
