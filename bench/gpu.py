@@ -110,9 +110,9 @@ def main() -> None:
         while waiting and batch[0].together and waiting[0].together:
             batch.append(waiting.pop(0))
         results |= run_batch(batch, folder, arguments.dry, deadline)
-        kept.save(folder / "gpu.json", summary(results, arguments.dry))
         if "stop" in results["machine"]:
             sys.exit(results["machine"]["stop"])
+        kept.save(folder / "gpu.json", summary(results, arguments.dry))
     print(report(results, arguments.dry))
     print(f"kept in {folder}")
     sys.exit(1 if wrong(results) else 0)

@@ -53,6 +53,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
         pytest.skip("there is a GPU here")
     result = subprocess.run([*COMMAND, "--output", str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and "no GPU here" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "gpu.json").exists()
 
 
 def test_wrong_options_are_one_sentence(tmp_path: Path) -> None:
