@@ -105,7 +105,7 @@ def check_tools(tools: list[Tool], choice: str | Named | None) -> None:
     if choice not in (None, "none") and not tools:
         raise RequestError("tool_choice is only allowed with tools", "tool_choice")
     if isinstance(choice, Named) and choice.name not in names:
-        known = ", ".join(names)[:300]
+        known = ", ".join(names)[:120]
         raise RequestError(f"tool_choice: there is no tool {choice.name[:64]!r}; tools: {known}", "tool_choice")
 
 
