@@ -77,7 +77,7 @@ def attention(case: Case, place: Place) -> Operation:
         Span(sum(case.q_lens[:b]), rows, n, sum(slots[:b]), None)
         for b, (rows, n) in enumerate(zip(case.q_lens, case.kv_lens, strict=True))
     ]
-    step = Attention(spans, caches, case.block_size, dtype, None, False)
+    step = Attention(spans, caches, case.block_size, shape.heads, dtype, None, False)
     q = place.normal(case.rows, shape.heads, shape.head_dim, dtype=dtype, seed=1)
 
     def plain(layer: int, compute: torch.dtype) -> torch.Tensor:

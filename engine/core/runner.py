@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -58,6 +59,8 @@ class Runner:
         available = available_memory()
         dense_bytes = 2 * checkpoint.parameters
         self._plan = plan(dtype, self._invariant, available // 8, dense_bytes)
+        if checkpoint.quantization.startswith("W8A8"):
+            self._plan = dataclasses.replace(self._plan, int8_input=True)
         self.block_size = options.block_size or BLOCK_SIZE
         self.max_num_batched_tokens = options.max_num_batched_tokens or STEP_TOKENS
 
@@ -172,6 +175,8 @@ class Runner:
             run.checked += 1
         first = blocks[0] * size
         start = end - length
+        if end % size and start <= (needed - 1) * size:
+            self.backend.clear(blocks[needed - 1 : needed])  # written from its first slot on, but not to its end
         if run.consecutive:
             slots += range(first + start, first + end)
             return Span(row, length, end, first, None)

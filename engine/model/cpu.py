@@ -46,12 +46,19 @@ class CpuBackend:
         if self.cache_dtype in kv_cache.QMAX:
             self.scales = torch.from_numpy(np.zeros((*shape[:3], 1), np.float32))
 
+    def clear(self, blocks: list[int]) -> None:
+        """Zeroes pages. One is read whole, under a mask: NaN that an earlier sequence left would come through it."""
+        pages = self.cache.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[self.cache.itemsize])
+        for block in blocks:
+            pages.narrow(1, block * self.block_size, self.block_size).zero_()
+
     def prepare(self, spans: list[Span]) -> Attention:
         """The attention of one step."""
         return Attention(
             spans,
             self.cache,
             self.block_size,
+            self.config.num_heads,
             self._attention_dtype,
             self.config.sliding_window,
             self.plan.batch_invariant,

@@ -8,8 +8,10 @@ used. Both kinds wait in doubly linked rings inside two arrays, so that any bloc
 from __future__ import annotations
 
 import array
+import functools
 import hashlib
 
+ROOM = 8  # one sequence keeps at most one part in so many of the pool clear of others
 FEW = 8  # fewer than one block in so many being empty counts as a full pool
 
 
@@ -26,8 +28,9 @@ def block_hash(parent: bytes, tokens: list[int]) -> bytes:
 class BlockPool:
     """Blocks 0 .. num_blocks - 1.
 
-    contiguous: lay a sequence's blocks side by side where that is possible (a CPU reads such a cache faster, a GPU does
-    not care): new sequences start far apart, and a sequence grows into the block after its last one.
+    contiguous: lay a sequence's blocks side by side, and sequences close together, where that is possible (a CPU reads
+    such a cache faster, a GPU does not care): a sequence grows into the block after its last one, and others start
+    behind the room that it may come to need.
     """
 
     def __init__(self, num_blocks: int, contiguous: bool = False):
@@ -42,7 +45,7 @@ class BlockPool:
         self._empty, self._lru = num_blocks, num_blocks + 1
         self._next = list(range(num_blocks + 2))
         self._prev = list(range(num_blocks + 2))
-        for block in _spread(num_blocks) if contiguous else range(num_blocks):
+        for block in range(num_blocks):
             self._link(block, before=self._empty)
 
     def lookup(self, hash: bytes) -> int | None:
@@ -59,12 +62,15 @@ class BlockPool:
             self.num_free -= 1
         self._refs[block] += 1
 
-    def allocate(self, count: int, after: int | None = None) -> list[int]:
-        """`count` blocks of one user and no meaning; at most `num_free`. after: the last block of the same sequence."""
+    def allocate(self, count: int, after: int | None = None, room: int = 0) -> list[int]:
+        """`count` blocks of one user and no meaning; at most `num_free`.
+
+        after: the last block of the same sequence. room: blocks it may come to need, these included.
+        """
         assert count <= self.num_free, "the caller asks num_free first"
-        blocks = []
+        blocks: list[int] = []
         for wanted in range(count, 0, -1):
-            after = self._pick(after, wanted)
+            after = self._pick(after, wanted, room - len(blocks))
             self._unlink(after)
             self.num_free -= 1
             self._refs[after] = 1
@@ -109,8 +115,9 @@ class BlockPool:
             else:
                 self._link(block, before=self._next[self._empty])  # reused first, while the device's own caches know it
 
-    def _pick(self, after: int | None, wanted: int) -> int:
-        """The free block to give out next; `wanted` with this one. O(1) for each block given out."""
+    def _pick(self, after: int | None, wanted: int, room: int) -> int:
+        """The free block to give out next; `wanted` with this one. O(1) for each block given out, and for each of the
+        room."""
         empty = self._next[self._empty]
         if self.contiguous and after is not None:
             # The neighbour, if it is free. While many blocks are empty, no cached content is given up for it. Once the
@@ -121,6 +128,8 @@ class BlockPool:
             if free and (self._hashes[neighbour] is None or self._num_empty * FEW <= self.num_blocks):
                 return neighbour
         if empty != self._empty:
+            if self.contiguous:
+                self._set_aside(empty, min(max(room, 0), self.num_blocks // ROOM))
             return empty
         block = self._next[self._lru]
         if self.contiguous:
@@ -132,6 +141,14 @@ class BlockPool:
                 block -= 1
         return block
 
+    def _set_aside(self, start: int, room: int) -> None:
+        """Empty blocks behind `start` become the last to start another sequence, the middle of the room first."""
+        for offset in _halving(room):
+            block = start + offset
+            if offset and block < self.num_blocks and not self._refs[block] and self._hashes[block] is None:
+                self._unlink(block)
+                self._link(block, before=self._empty)
+
     def _link(self, block: int, before: int) -> None:
         previous = self._prev[before]
         self._next[previous] = self._prev[before] = block
@@ -142,7 +159,8 @@ class BlockPool:
         self._next[previous], self._prev[following] = following, previous
 
 
-def _spread(count: int) -> list[int]:
+@functools.cache
+def _halving(count: int) -> list[int]:
     """0 .. count - 1 in van der Corput's order, halving the gaps: however many are taken, they lie far apart."""
     bits = count.bit_length()
     reversed_bits = (int(format(i, f"0{bits}b")[::-1], 2) for i in range(1 << bits))

@@ -247,7 +247,7 @@ class Scheduler:
                     self._preempt(step)
                 if not self.pool.num_free:
                     return
-                sequence.blocks += self.pool.allocate(1, after=sequence.blocks[-1])
+                sequence.blocks += self.pool.allocate(1, sequence.blocks[-1], self._room(sequence))
             self._take(step, sequence, 1)
 
     def _schedule_prefills(self, step: Schedule) -> None:
@@ -309,7 +309,8 @@ class Scheduler:
         """Gives a waiting sequence its blocks: those found in the cache, and `wanted` more."""
         for block in cached:
             self.pool.share(block)
-        sequence.blocks = cached + self.pool.allocate(wanted, after=cached[-1] if cached else None)
+        sequence.blocks = cached
+        sequence.blocks = cached + self.pool.allocate(wanted, cached[-1] if cached else None, self._room(sequence))
         sequence.num_registered = len(cached)
         sequence.num_computed = sequence.kv_done = len(cached) * self.block_size
         sequence.refused_free = None
@@ -319,6 +320,10 @@ class Scheduler:
             self._stats.prefix_hits += sequence.cached_tokens
         sequence.state = State.RUNNING
         insort(self._running, sequence, key=_rank)
+
+    def _room(self, sequence: Sequence) -> int:
+        """Blocks that it may need beyond those it has."""
+        return -(-sequence.max_computed // self.block_size) - len(sequence.blocks)
 
     def _take(self, step: Schedule, sequence: Sequence, length: int) -> None:
         """Puts the next `length` positions of a running sequence into the step."""

@@ -30,7 +30,8 @@ class Attention:
     """The attention of one step. spans: in order of their rows, together all rows of the batch.
 
     caches: K and V of all layers, [2 * layers, slots, kv_heads, D]; with 8 bits, `scales` float32 [2 * layers, slots,
-    kv_heads, 1] are those of their rows. window: tokens a query sees, itself included.
+    kv_heads, 1] are those of their rows. heads: of q. window: tokens a query sees, itself included. What lies in a
+    sequence's last block behind its last token must be finite (`CpuBackend.clear`).
     dtype: of the arithmetic where more than one row is computed; single rows of other than 8 bits run in the cache's.
     """
 
@@ -39,6 +40,7 @@ class Attention:
         spans: list[Span],
         caches: torch.Tensor,
         block_size: int,
+        heads: int,
         dtype: torch.dtype,
         window: int | None,
         batch_invariant: bool,
@@ -57,7 +59,7 @@ class Attention:
         self._views: list[list[tuple[torch.Tensor, ...]] | None] = []
         self._masks: list[torch.Tensor | None] = []
         single = [] if apart else [span for span in spans if span.rows == 1]
-        self._decode = DecodeAttention(single, caches, block_size, window) if single else None
+        self._decode = DecodeAttention(single, caches, block_size, heads, window) if single else None
         self._single = torch.tensor([span.row for span in single])
         self._spans = [span for span in spans if apart or span.rows > 1]
         for span in self._spans:

@@ -9,7 +9,8 @@ A weight is kept in up to two forms, both made once at load:
     many rows   a dense copy in oneDNN's blocked layout, in the dtype that this CPU multiplies fastest: bf16 with AMX,
                 else fp16 where it is native (AVX512-FP16: twice the rate of bf16 there), else float32.
 
-W8A8 weights have one form for all: int8 x int8 (`torch._int_mm`), 5 times the rate of fp16 with AVX512-VNNI.
+W8A8 weights have one form for all: int8 x int8, 5 times the rate of fp16 with AVX512-VNNI. Between such products the
+activations stay float32: what a conversion costs, and the rounding before each product, is not far from the product.
 `Plan` says which; float32 keeps a single packed float32 form: the exact path. With `batch_invariant` there is one form
 for any number of rows, whose sums do not depend on how many rows there are: oneDNN's packed matmul has that property
 from two rows up (one row takes another kernel, so it is padded to two); tests/kernels/cpu checks it.
@@ -28,12 +29,13 @@ from kernels.formats import Weight, dequantize
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 
+ZERO = 128  # what 0 is as an unsigned activation
 SLAB = 8192  # rows of a weight that are dequantised at a time: bounds the float32 scratch
 
 
 @functools.cache
 def cpu_features() -> frozenset[str]:
-    """What decides between the ops: "amx" (bf16 tiles), "bf16" and "fp16" (native AVX-512 arithmetic), "onednn"."""
+    """What decides between the ops: "amx" (bf16 tiles); "bf16", "fp16", "vnni" (native arithmetic); "onednn"."""
     if not torch.backends.mkldnn.is_available():
         return frozenset()
     has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -44,6 +46,8 @@ def cpu_features() -> frozenset[str]:
         found.add("bf16")
     if torch.ops.mkldnn._is_mkldnn_fp16_supported():
         found.add("fp16")
+    if has.get("avx512_vnni", False) or torch.cpu._is_vnni_supported():
+        found.add("vnni")
     return frozenset(found)
 
 
@@ -60,9 +64,12 @@ class Plan:
     few_rows: int
     quantized: bool
     batch_invariant: bool
+    int8_input: bool = False  # most weights are W8A8
 
     def dtype(self, rows: int) -> torch.dtype:
         """What a linear wants its input in; it takes any float dtype, this one without a conversion."""
+        if self.int8_input:
+            return torch.float32
         return self.few if rows <= self.few_rows else self.many
 
 
@@ -96,7 +103,9 @@ class Linear:
         self.n = weight.q.shape[0]
         self.plan = plan
         self.bytes = weight.bytes  # that a decode step has to read, in the checkpoint's own format
-        self._bias = {dtype: bias.to(dtype) for dtype in {plan.few, plan.many}} if bias is not None else {}
+        self._int8 = weight.int8_input
+        dtypes = {torch.float32} if self._int8 else {plan.few, plan.many}
+        self._bias = {dtype: bias.to(dtype) for dtype in dtypes} if bias is not None else {}
         self._few = self._many = None
         if weight.eight_bit_input and weight.q.dtype == torch.int8:
             self._few = self._many = _int8(weight)
@@ -110,11 +119,11 @@ class Linear:
             self._many = _packed(weight, plan.many)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [M, K] -> [M, N] in plan.dtype(M)."""
+        """x [M, K] -> [M, N] in plan.dtype(M), of a W8A8 weight in float32."""
         rows = x.shape[0]
         plan = self.plan
         few = rows <= plan.few_rows
-        dtype = plan.few if few else plan.many
+        dtype = torch.float32 if self._int8 else plan.few if few else plan.many
         if x.dtype != dtype:
             x = x.to(dtype)
         multiply = self._few if few else self._many
@@ -153,17 +162,28 @@ def _reordered(weight: Weight, multiply: Multiply) -> Multiply:
 
 
 def _int8(weight: Weight) -> Multiply:
-    """int8 x int8: each row of x is rounded to 127 steps on either side of 0. The sums are whole numbers, hence exact
-    and the same in any batch."""
+    """int8 x int8: each row of x, float32, is rounded to 127 steps on either side of 0. The sums are whole numbers,
+    hence exact and the same in any batch. oneDNN multiplies unsigned activations and packed weights and scales the sums
+    in one pass; without VNNI it would add pairs in 16 bits, which overflow, so `torch._int_mm` does it there."""
     assert weight.d is not None
-    q, scale = weight.q.contiguous().t(), weight.d[:, 0].float().contiguous()
+    q, scale = weight.q.contiguous(), weight.d[:, 0].float().contiguous()
+    if "vnni" in cpu_features():
+        packed = torch.ops.onednn.qlinear_prepack(q, None)
+        points, op = torch.zeros(len(scale), dtype=torch.int32), torch.ops.onednn.qlinear_pointwise
 
-    def multiply(x: torch.Tensor) -> torch.Tensor:
-        step = x.abs().amax(-1, keepdim=True).float().div_(127).clamp_(min=1e-30)
-        sums = torch._int_mm((x / step).round_().to(torch.int8), q)
-        return (sums * scale).mul_(step).to(x.dtype)
+        def multiply(x: torch.Tensor) -> torch.Tensor:
+            step = _int8_step(x)
+            rounded = (x / step).add_(ZERO + 0.5).to(torch.uint8)  # cut, not rounded, by the conversion
+            y = op(rounded, 1.0, ZERO, packed, scale, points, None, 1.0, 0, torch.float32, "none", [], "")
+            return y.mul_(step)  # type: ignore[no-any-return]
 
-    return multiply
+        return multiply
+    q = q.t()
+    return lambda x: torch._int_mm((x / (step := _int8_step(x))).round_().to(torch.int8), q).mul(scale).mul_(step)
+
+
+def _int8_step(x: torch.Tensor) -> torch.Tensor:
+    return x.abs().amax(-1, keepdim=True).div_(127).clamp_(min=1e-30)
 
 
 def _packed(weight: Weight, dtype: torch.dtype) -> Multiply:

@@ -162,7 +162,7 @@ def grow_together(pool: BlockPool, sequences: int, blocks: int) -> list[list[int
     tables: list[list[int]] = [[] for _ in range(sequences)]
     for _ in range(blocks):
         for table in tables:
-            table += pool.allocate(1, after=table[-1] if table else None)
+            table += pool.allocate(1, table[-1] if table else None, blocks - len(table))
     return tables
 
 
@@ -178,7 +178,7 @@ def test_contiguous_sequences_that_grow_together_lie_in_one_piece(num_blocks: in
 
 def test_contiguous_reuse_of_cached_blocks_is_least_recently_used_and_in_order() -> None:
     pool = BlockPool(32, contiguous=True)
-    tables = grow_together(pool, sequences=4, blocks=8)
+    tables = [pool.allocate(8) for _ in range(4)]
     for table in tables:
         for block in table:
             pool.register(block, bytes([block]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -13,7 +14,7 @@ from kernels.cpu.attention import KEY_TILE, Attention, Span
 from kernels.cpu.fused import rope_and_cache_write
 from kernels.kv_cache import QMAX
 
-LAYERS, BLOCKS, POISON = 2, 40, 1e4
+LAYERS, BLOCKS, POISON = 2, 120, 1e4
 
 
 def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, window: int | None) -> torch.Tensor:
@@ -30,7 +31,8 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, window
 
 @settings(max_examples=60, deadline=None)
 @given(
-    sequences=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 100)), min_size=1, max_size=4),
+    sequences=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 100)), min_size=1, max_size=12),
+    shared=st.integers(0, 3),
     decode=st.booleans(),
     kv_heads=st.sampled_from([1, 2, 3]),
     group=st.sampled_from([1, 3, 4, 7]),
@@ -46,6 +48,7 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, window
 )
 def test_attention(
     sequences: list[tuple[int, int]],
+    shared: int,
     decode: bool,
     kv_heads: int,
     group: int,
@@ -57,27 +60,36 @@ def test_attention(
     dtypes: tuple[torch.dtype, torch.dtype],
     seed: int,
 ) -> None:
-    """`sequences`: rows in the step and positions before them. Pages that belong to none are poisoned."""
+    """`sequences`: rows in the step and positions before them. Pages that belong to none are poisoned.
+
+    shared: blocks that later sequences have in common with the first one, as far as both are longer.
+    """
     cache_dtype, dtype = dtypes
     torch.manual_seed(seed)
     cache = torch.full((2 * LAYERS, BLOCKS * block_size + KEY_TILE, kv_heads, dim), POISON, dtype=cache_dtype)
     free = list(range(BLOCKS))
     if scattered:
         random.Random(seed).shuffle(free)
+    prefix: list[int] = []
     spans, expected, row, layer = [], [], 0, seed % LAYERS
     q = torch.randn(sum(1 if decode else rows for rows, _ in sequences), kv_heads * group, dim)
     for rows, context in sequences:
         rows = 1 if decode else rows
         length = context + rows
-        blocks = [free.pop(0) for _ in range(-(-length // block_size))]
+        blocks = prefix[: min(shared, context // block_size)]
+        common = len(blocks) * block_size
+        blocks = blocks + [free.pop(0) for _ in range(-(-length // block_size) - len(blocks))]
+        consecutive = all(b == a + 1 for a, b in itertools.pairwise(blocks))
+        prefix = prefix or blocks[: length // block_size]
         positions = torch.arange(length)
         slots = torch.tensor(blocks)[positions // block_size] * block_size + positions % block_size
         kv = torch.randn(2, length, kv_heads, dim).to(cache_dtype)
+        kv[:, :common] = cache[2 * layer : 2 * layer + 2, slots[:common]]
         cache[2 * layer : 2 * layer + 2, slots] = kv
-        spans.append(Span(row, rows, length, blocks[0] * block_size, torch.tensor(blocks) if scattered else None))
+        spans.append(Span(row, rows, length, blocks[0] * block_size, None if consecutive else torch.tensor(blocks)))
         expected.append(plain(q[row : row + rows], *kv, length, window))
         row += rows
-    attention = Attention(spans, cache, block_size, dtype, window, invariant)
+    attention = Attention(spans, cache, block_size, kv_heads * group, dtype, window, invariant)
     out = attention(q.to(attention.dtype), layer)
     reference = torch.cat(expected).flatten(1)
     tolerance = 2e-2 if torch.bfloat16 in (cache_dtype if attention.decode_only else dtype, attention.dtype) else 1e-5
@@ -107,7 +119,7 @@ def test_8_bit_cache(stored: torch.dtype, scattered: bool, rows: int) -> None:
     assert ((kv - given).abs() <= step * 1.001).all()
     q = torch.randn(rows, 4, dim)
     span = Span(0, rows, length, int(blocks[0]) * block_size, blocks if scattered else None)
-    attention = Attention([span], cache, block_size, torch.float32, None, False, scales)
+    attention = Attention([span], cache, block_size, 4, torch.float32, None, False, scales)
     reference = plain(q, *kv, length, None).flatten(1)
     torch.testing.assert_close(attention(q, layer).double(), reference, rtol=1e-4, atol=1e-5)
 
@@ -129,7 +141,7 @@ def test_batch_invariant(dim: int) -> None:
 
     def chunk(start: int, rows: int, scattered: bool) -> torch.Tensor:
         span = Span(0, rows, start + rows, 0, blocks.clone() if scattered else None)
-        attention = Attention([span], caches[scattered], block_size, torch.float32, None, True)
+        attention = Attention([span], caches[scattered], block_size, 6, torch.float32, None, True)
         return attention(q[start : start + rows], 0)
 
     whole = chunk(0, length, False)

@@ -62,9 +62,12 @@ def test_linear(
     assert error < (2e-2 if kind == "W8A8" else 2 * ROUNDING[y.dtype]), error
 
 
+@pytest.mark.parametrize("vnni", [True, False])
 @pytest.mark.parametrize("rows", [1, 5, 40])
-def test_int8_activations(rows: int) -> None:
-    """W8A8 is exact but for the rounding of its activations, one step of 127 a row."""
+def test_int8_activations(rows: int, vnni: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W8A8 is exact but for the rounding of its activations, one step of 127 a row; with VNNI and without."""
+    features = cpu_features() if vnni else cpu_features() - {"vnni"}
+    monkeypatch.setattr("kernels.cpu.linear.cpu_features", lambda: features)
     weight = stored(48, 96, "W8A8")
     x = torch.randn(rows, 96)
     x[0] = 0
