@@ -319,7 +319,10 @@ class EngineRung:
         )
         prose = prose_tokens(checkpoint.tokenizer)
         warm = [make_prompt(prose[::-1], min(512, workload.longest - 8), i) for i in range(slots)]
+        scheduler = self.core.scheduler
+        caching, scheduler.enable_prefix_caching = scheduler.enable_prefix_caching, False
         self._run([Task(prompt, 3) for prompt in warm], lambda done: None)
+        scheduler.enable_prefix_caching = caching  # what warms up leaves nothing in the pool
 
     def one(self, task: Task) -> dict[str, Any]:
         return self.all([task], lambda done: None)

@@ -60,7 +60,7 @@ class Runner:
         dense_bytes = 2 * checkpoint.parameters
         self._plan = plan(dtype, self._invariant, available // 8, dense_bytes)
         if checkpoint.quantization.startswith("W8A8"):
-            self._plan = dataclasses.replace(self._plan, int8_input=True)
+            self._plan = dataclasses.replace(self._plan, eight_bit_input=True)
         self.block_size = options.block_size or BLOCK_SIZE
         self.max_num_batched_tokens = options.max_num_batched_tokens or STEP_TOKENS
 

@@ -141,10 +141,12 @@ def _joins(pieces: list[_Piece], rows: int, kv_heads: int, group: int) -> _Joins
     base = base[np.argsort(row[base], kind="stable")]
     row = row[base]
     counts = np.bincount(row, minlength=rows)
-    place = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
-    order = np.zeros((rows, 1, int(counts.max())), np.int64)
+    starts = np.cumsum(counts) - counts
+    place = np.arange(len(row)) - starts[row]
+    base *= group * kv_heads
+    order = base[starts][:, None, None].repeat(counts.max(), 2)  # padded with its own: another's may be NaN
     padding = np.full(order.shape, -np.inf, np.float32)
-    order[row, 0, place], padding[row, 0, place] = base * (group * kv_heads), 0
+    order[row, 0, place], padding[row, 0, place] = base, 0
     # A piece's results lie as [units, R, group, kv_heads]; a row's heads as [kv_heads, group].
     order = order + np.arange(group * kv_heads).reshape(group, kv_heads).T.reshape(1, -1, 1)
     padding = padding.repeat(order.shape[1], 1)

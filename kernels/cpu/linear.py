@@ -64,11 +64,11 @@ class Plan:
     few_rows: int
     quantized: bool
     batch_invariant: bool
-    int8_input: bool = False  # most weights are W8A8
+    eight_bit_input: bool = False  # most weights are W8A8
 
     def dtype(self, rows: int) -> torch.dtype:
         """What a linear wants its input in; it takes any float dtype, this one without a conversion."""
-        if self.int8_input:
+        if self.eight_bit_input:
             return torch.float32
         return self.few if rows <= self.few_rows else self.many
 
@@ -103,11 +103,11 @@ class Linear:
         self.n = weight.q.shape[0]
         self.plan = plan
         self.bytes = weight.bytes  # that a decode step has to read, in the checkpoint's own format
-        self._int8 = weight.int8_input
+        self._int8 = weight.eight_bit_input and weight.q.dtype == torch.int8
         dtypes = {torch.float32} if self._int8 else {plan.few, plan.many}
         self._bias = {dtype: bias.to(dtype) for dtype in dtypes} if bias is not None else {}
         self._few = self._many = None
-        if weight.eight_bit_input and weight.q.dtype == torch.int8:
+        if self._int8:
             self._few = self._many = _int8(weight)
             return
         if plan.few_rows > 0:
@@ -119,7 +119,7 @@ class Linear:
             self._many = _packed(weight, plan.many)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [M, K] -> [M, N] in plan.dtype(M), of a W8A8 weight in float32."""
+        """x [M, K] -> [M, N] in plan.dtype(M); under `eight_bit_input` those of other weights in the form's own."""
         rows = x.shape[0]
         plan = self.plan
         few = rows <= plan.few_rows
@@ -132,7 +132,8 @@ class Linear:
             y = multiply(F.pad(x, (0, 0, 0, 1)))[:1]
         else:
             y = multiply(x)
-        return y.add_(self._bias[dtype]) if self._bias else y
+        y = y.add_(self._bias[dtype]) if self._bias else y
+        return y.to(plan.dtype(rows)) if self._int8 else y
 
 
 def _as_stored(weight: Weight) -> Multiply | None:
