@@ -174,7 +174,7 @@ def _int8(weight: Weight) -> Multiply:
 
         def multiply(x: torch.Tensor) -> torch.Tensor:
             step = _int8_step(x)
-            rounded = (x / step).add_(ZERO + 0.5).to(torch.uint8)  # cut, not rounded, by the conversion
+            rounded = (x * step.reciprocal()).add_(ZERO + 0.5).to(torch.uint8)  # cut, not rounded, by the conversion
             y = op(rounded, 1.0, ZERO, packed, scale, points, None, 1.0, 0, torch.float32, "none", [], "")
             return y.mul_(step)  # type: ignore[no-any-return]
 
@@ -184,7 +184,7 @@ def _int8(weight: Weight) -> Multiply:
 
 
 def _int8_step(x: torch.Tensor) -> torch.Tensor:
-    return x.abs().amax(-1, keepdim=True).div_(127).clamp_(min=1e-30)
+    return torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).div_(127).clamp_(min=1e-30)
 
 
 def _packed(weight: Weight, dtype: torch.dtype) -> Multiply:
