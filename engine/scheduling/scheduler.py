@@ -25,6 +25,8 @@ from engine.messages import STEP_SIZES, EngineStats, Request
 from engine.scheduling.block_pool import BlockPool, block_hash, root_hash
 from engine.scheduling.sequence import Sequence, State
 
+CROWD = 8  # sequences; what more of them read, a CPU reads block by block wherever it lies
+
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Chunk:
@@ -322,7 +324,9 @@ class Scheduler:
         insort(self._running, sequence, key=_rank)
 
     def _room(self, sequence: Sequence) -> int:
-        """Blocks that it may need beyond those it has."""
+        """Blocks that it may need beyond those it has; beside many others it is to lie close to them instead."""
+        if len(self._running) >= CROWD:
+            return 0
         return -(-sequence.max_computed // self.block_size) - len(sequence.blocks)
 
     def _take(self, step: Schedule, sequence: Sequence, length: int) -> None:
