@@ -59,11 +59,11 @@ def rope_and_cache_write(
 ) -> torch.Tensor:
     """Rotates q and k and writes k and v into the cache.
 
-    qkv [T, (heads + 2 kv_heads) D]: q, k, v of each token, overwritten where they are float32; pairs (2i, 2i + 1) of a head are the real and imaginary
-    parts that are rotated. rotations complex64 [T, 1, D/2]. cache [2, slots, kv_heads, D]: this layer's K and V.
-    slots int64 [T]: where each token goes. qk_norm: RMSNorm weights [D] of q and k (from `norm_weight`) and eps,
-    applied to each head before the rotation. scales: of an 8-bit cache, float32 [2, slots, kv_heads, 1]. Returns q
-    [T, heads, D] in `dtype`.
+    qkv [T, (heads + 2 kv_heads) D]: q, k, v of each token, overwritten where they are float32; pairs (2i, 2i + 1) of a
+    head are the real and imaginary parts that are rotated. rotations complex64 [T, 1, D/2]. cache [2, slots, kv_heads,
+    D]: this layer's K and V. slots int64 [T]: where each token goes. qk_norm: RMSNorm weights [D] of q and k (from
+    `norm_weight`) and eps, applied to each head before the rotation. scales: of an 8-bit cache, float32 [2, slots,
+    kv_heads, 1]. Returns q [T, heads, D] in `dtype`.
     """
     tokens = qkv.shape[0]
     x = qkv.float().view(tokens, heads + 2 * kv_heads, -1)
