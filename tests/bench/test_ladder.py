@@ -34,7 +34,7 @@ def small_ladder() -> Any:
         whole.workload,
         requests=4,
         concurrency=2,
-        shared_prefix=64,
+        shared_prefix=128,
         tail=(4, 8),
         new_tokens=(3, 5),
         quality_tokens=12,
@@ -203,7 +203,7 @@ def test_the_whole_command_on_a_small_model(
     for rung in data["rungs"]:
         assert rung["tokens"]["prompt"] + rung["tokens"]["cached_prompt"] == sum(len(t) for t in prompts(model, small))
         assert rung["busy_seconds"] > 0 and 0 <= rung["top1_agreement"] <= 1 and rung["perplexity"] > 1
-    assert data["rungs"][-1]["tokens"]["cached_prompt"] == 64
+    assert data["rungs"][-1]["tokens"]["cached_prompt"] == 128
     dense = data["rungs"][1]
     assert dense["top1_agreement"] > 0.8
     assert data["baseline"]["speed_against_transformers"] > 0 and 0 < data["baseline"]["same_tokens"] <= 1
