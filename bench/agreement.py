@@ -2,13 +2,15 @@
 
 The peer is NVIDIA's aiperf (PyPI), installed in a virtual environment of its own; with --install it is put there first.
 Both clients measure the same `fen serve` with fresh prompts of the same lengths, in turn; the medians of the
-repetitions are compared: throughput within 5%, median time to first token within 15%.
+repetitions are compared: throughput within 5%, median time to first token within 15%. The server runs on cores of its
+own, so that it is not the clients' appetite that is compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import statistics
@@ -123,6 +125,16 @@ def beside_the_ledger(url: str, client: Callable[[], dict[str, float]]) -> dict[
     return figures | {"server_decode_ms": 1e3 * seconds / tokens}
 
 
+def apart(threads: int) -> tuple[set[int], set[int]]:
+    """The server's cores and the clients'. Raises FenError where none is left for them."""
+    if sys.platform != "linux":
+        raise FenError("a process is kept on cores of its own on Linux only")
+    cores = sorted(os.sched_getaffinity(0))
+    if threads >= len(cores):
+        raise FenError(f"--threads {threads} leaves none of this machine's {len(cores)} cores to the clients.")
+    return set(cores[:threads]), set(cores[threads:])
+
+
 def save_any_tokenizer(folder: Path) -> None:
     """One that transformers opens: the peer wants a tokenizer even where the server counts the tokens."""
     import tokenizers
@@ -159,7 +171,7 @@ def main() -> None:
     parser.add_argument("--peer-venv", type=Path, required=True, help="virtual environment with aiperf in it")
     parser.add_argument("--install", action="store_true", help=f"make that environment and install {PEER} there")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="path, short name or Hugging Face id")
-    parser.add_argument("--threads", type=int, default=1, help="of the server; the clients need a core as well")
+    parser.add_argument("--threads", type=int, default=1, help="of the server, on as many cores of its own")
     parser.add_argument("--concurrency", type=int, default=2)
     parser.add_argument("--num-prompts", type=int, default=24)
     parser.add_argument("--input-len", type=int, default=256)
@@ -183,7 +195,10 @@ def run(arguments: argparse.Namespace) -> None:
     vocabulary = open_vocabulary(arguments.model, arguments.model)
     serve = ["--model", arguments.model, "--threads", str(arguments.threads), "--kv-cache-tokens", "16384"]
     runs: dict[str, list[dict[str, float]]] = {"fen": [], "aiperf": []}
+    servers_cores, clients_cores = apart(arguments.threads)
+    os.sched_setaffinity(0, servers_cores)  # what is started from here on stays there
     with tempfile.TemporaryDirectory() as folder, local_server(serve) as url:
+        os.sched_setaffinity(0, clients_cores)
         save_any_tokenizer(Path(folder))
         clients = Clients(arguments, url, vocabulary, Path(folder))
         clients.fen()  # everything is warm
@@ -195,7 +210,9 @@ def run(arguments: argparse.Namespace) -> None:
     assert about is not None
     compared = compare(runs)
     settings = ("concurrency", "num_prompts", "input_len", "output_len", "repetitions", "threads")
-    data = {"peer": PEER, **{name: getattr(arguments, name) for name in settings}, "runs": runs, "compared": compared}
+    cores = {"server": len(servers_cores), "clients": len(clients_cores)}
+    measured = {"runs": runs, "compared": compared}
+    data = {"peer": PEER, **{name: getattr(arguments, name) for name in settings}, "cores": cores, **measured}
     quantization = about.server.get("quantization")
     result = results.new(
         "agreement", data, model=about.model, quantization=quantization, device=about.server.get("device")
@@ -204,7 +221,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(
         f"{about.model} ({quantization}) on {result.device}, concurrency {arguments.concurrency}, "
         f"{arguments.num_prompts} fresh prompts of {arguments.input_len} tokens, {arguments.output_len} new ones each; "
-        f"medians of {arguments.repetitions} (smallest to largest), the clients taking turns."
+        f"medians of {arguments.repetitions} (smallest to largest), the clients taking turns, on other cores."
     )
     print(render(runs, compared))
     print(f"kept in {arguments.json}")
