@@ -319,6 +319,8 @@ class EngineRung:
         )
         prose = prose_tokens(checkpoint.tokenizer)
         warm = [make_prompt(prose[::-1], min(512, workload.longest - 8), i) for i in range(slots)]
+        if place.device == "cpu":  # as in a server that has been running, every page of the pool was touched before
+            self.core.runner.backend.clear(list(range(info.num_blocks)))  # type: ignore[attr-defined]
         scheduler = self.core.scheduler
         caching, scheduler.enable_prefix_caching = scheduler.enable_prefix_caching, False
         self._run([Task(prompt, 3) for prompt in warm], lambda done: None)
