@@ -173,7 +173,8 @@ def test_third_signal_waits_for_nothing(launch: Callable[..., LiveServer]) -> No
         reply = unanswered.result()  # its last words, unless the third signal came before them
         assert reply.status_code == 503 or reply.json()["choices"][0]["finish_reason"] == "abort"
     assert "Traceback" not in live.printed()
-    engine.resume()
+    with contextlib.suppress(psutil.NoSuchProcess):  # the kernel may have ended what nobody could wake any more
+        engine.resume()
     engine.wait(10)
 
 
