@@ -30,6 +30,7 @@ from kernels.formats import Weight, dequantize
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 
 ZERO = 128  # what 0 is as an unsigned activation
+ROUND = 1.5 * 2**23  # added to a small float32 it leaves a whole number, rounded half to even, in the lowest bits
 SLAB = 8192  # rows of a weight that are dequantised at a time: bounds the float32 scratch
 
 
@@ -174,7 +175,7 @@ def _int8(weight: Weight) -> Multiply:
 
         def multiply(x: torch.Tensor) -> torch.Tensor:
             step = _int8_step(x)
-            rounded = (x * step.reciprocal()).add_(ZERO + 0.5).to(torch.uint8)  # cut, not rounded, by the conversion
+            rounded = (x / step).add_(ROUND + ZERO).view(torch.int32).to(torch.uint8)
             y = op(rounded, 1.0, ZERO, packed, scale, points, None, 1.0, 0, torch.float32, "none", [], "")
             return y.mul_(step)  # type: ignore[no-any-return]
 
