@@ -75,7 +75,7 @@ class Attention:
             self._masks.append(self._mask(span, start, end))
 
     def __call__(self, q: torch.Tensor, layer: int) -> torch.Tensor:
-        """q [T, heads, D] of this step -> [T, heads * D], the dtype of q."""
+        """q [T, heads, D] of this step -> [T, heads * D], the dtype of q or, of single rows, float32."""
         tokens, heads, dim = q.shape
         if self.decode_only:
             assert self._decode is not None

@@ -12,7 +12,6 @@ import dataclasses
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from kernels.cpu.span import Span
 
@@ -34,16 +33,15 @@ class _Piece:
     rows: np.ndarray
     mask: torch.Tensor | None = None
     views: tuple[torch.Tensor, ...] = ()  # K, V [units, kv_heads, length, D] of layer 0, of layer 1, ...
-    queries: torch.Tensor | None = None  # int64 [units * R]: rows; None: the only one
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Joins:
     """How the results [N, D] of all pieces, of one row and head each, make those of the rows [rows * heads, D]."""
 
-    order: torch.Tensor  # int64 [rows * heads, W]: the results of a row and head; W: the most of any
-    padding: torch.Tensor  # [rows * heads, W]: -inf where there are fewer
-    kept: torch.Tensor  # int64: the others' places in it
+    order: torch.Tensor  # int64 [W * rows * heads]: the first result of each row and head, the second, ...
+    padding: torch.Tensor  # [W, rows * heads]: -inf where there are fewer than W, the most of any
+    kept: torch.Tensor  # int64: places in [W, rows * heads] of what there is, one row and head after another
     index: torch.Tensor  # int64: `order` at `kept`
     offsets: torch.Tensor  # int64 [rows * heads]: where each one begins in `index`
 
@@ -60,37 +58,44 @@ class DecodeAttention:
             self._pieces = _by_block(spans, starts, block_size, self._group, caches.dtype)
         else:
             self._pieces = _by_run(runs)
+        rows, kv_heads, dim = len(spans), caches.shape[2], caches.shape[3]
+        self._joins = None
+        if len(self._pieces) > 1 or rows > 1 or self._pieces[0].rows.size > 1:
+            self._joins = _joins(self._pieces, rows, kv_heads, self._group)
+            self._queries = _queries(self._pieces, kv_heads, self._group)
+            # Of every layer in turn: [units, R * group, kv_heads, D], the order in which flash attention writes them.
+            sizes = [piece.rows.size * heads for piece in self._pieces]
+            self._results = torch.empty(sum(sizes), dim)
+            parts = zip(self._pieces, self._results.split(sizes), strict=True)
+            self._parts = [part.view(len(piece.rows), -1, kv_heads, dim) for piece, part in parts]
+            self._sizes = sizes
         for piece in self._pieces:
             units = piece.rows.shape[0]
             view = caches.narrow(1, piece.first, units * piece.length)
             piece.views = view.unflatten(1, (units, piece.length)).transpose(2, 3).unbind(0)
-            piece.queries = torch.from_numpy(piece.rows.clip(0).reshape(-1)) if len(spans) > 1 else None
-        alone = len(self._pieces) == 1 and len(spans) == 1 and self._pieces[0].rows.size == 1
-        self._joins = None if alone else _joins(self._pieces, len(spans), caches.shape[2], self._group)
 
     def __call__(self, q: torch.Tensor, layer: int) -> torch.Tensor:
-        """q [rows, heads, D] in the cache's dtype -> [rows, heads, D]."""
+        """q [rows, heads, D] in the cache's dtype -> [rows, heads, D]; float32, but for one piece alone that of q."""
         rows, heads, dim = q.shape
-        group = self._group
-        kv_heads = heads // group
-        outs, sums = [], []
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        for piece in self._pieces:
-            units, each = piece.rows.shape
-            x = q if piece.queries is None else q.index_select(0, piece.queries)
-            x = x.view(-1, each, kv_heads, group, dim).transpose(1, 2).reshape(-1, kv_heads, each * group, dim)
-            k, v = piece.views[2 * layer], piece.views[2 * layer + 1]
-            out, lse = flash(x.expand(units, -1, -1, -1), k, v, attn_mask=piece.mask)
-            if self._joins is None:
-                return out.reshape(rows, heads, dim)  # type: ignore[no-any-return]
-            outs.append(out.transpose(1, 2).reshape(-1, dim))
-            sums.append(lse.transpose(1, 2).reshape(-1))
         joins = self._joins
-        assert joins is not None
-        results, lse = (torch.cat(x) if len(x) > 1 else x[0] for x in (outs, sums))
-        weights = (lse[joins.order] + joins.padding).softmax(1).view(-1)[joins.kept]
-        joined = F.embedding_bag(joins.index, results.float(), joins.offsets, mode="sum", per_sample_weights=weights)
-        return joined.view(rows, heads, dim).to(q.dtype)
+        if joins is None:
+            (piece,) = self._pieces
+            x = q.view(1, heads // self._group, self._group, dim)
+            out, _ = flash(x, *piece.views[2 * layer : 2 * layer + 2], attn_mask=piece.mask)
+            return out.reshape(rows, heads, dim)  # type: ignore[no-any-return]
+        sums: list[torch.Tensor] = []
+        asked = q.reshape(-1, dim).index_select(0, self._queries).split(self._sizes)
+        for piece, x, results in zip(self._pieces, asked, self._parts, strict=True):
+            k, v = piece.views[2 * layer : 2 * layer + 2]
+            x = x.view(k.shape[0], k.shape[1], -1, dim)
+            out, lse = flash(x, k, v, attn_mask=piece.mask)
+            results.copy_(out.transpose(1, 2))
+            sums.append(lse.transpose(1, 2).reshape(-1))
+        weights = torch.cat(sums).index_select(0, joins.order).view(joins.padding.shape).add_(joins.padding).softmax(0)
+        weights = weights.view(-1).index_select(0, joins.kept)
+        joined, *_ = torch.embedding_bag(self._results, joins.index, joins.offsets, False, 0, False, weights)
+        return joined.view(rows, heads, dim)
 
 
 def _by_run(runs: list[list[tuple[int, int]]]) -> list[_Piece]:
@@ -134,31 +139,37 @@ def _by_block(spans: list[Span], starts: list[int], size: int, group: int, dtype
     return pieces
 
 
+def _queries(pieces: list[_Piece], kv_heads: int, group: int) -> torch.Tensor:
+    """int64: which of the queries [rows * heads, D] each piece takes, in turn, as [units, kv_heads, R * group]."""
+    head = np.arange(kv_heads * group).reshape(kv_heads, 1, group)
+    found = [piece.rows.clip(0)[:, None, :, None] * kv_heads * group + head for piece in pieces]
+    return torch.from_numpy(np.concatenate([x.reshape(-1) for x in found]))
+
+
 def _joins(pieces: list[_Piece], rows: int, kv_heads: int, group: int) -> _Joins:
-    each = [piece.rows.reshape(-1) for piece in pieces]
-    row = np.concatenate(each)
+    row = np.concatenate([piece.rows.reshape(-1) for piece in pieces])
     base = np.flatnonzero(row >= 0)
     base = base[np.argsort(row[base], kind="stable")]
     row = row[base]
     counts = np.bincount(row, minlength=rows)
     starts = np.cumsum(counts) - counts
     place = np.arange(len(row)) - starts[row]
-    base *= group * kv_heads
-    order = base[starts][:, None, None].repeat(counts.max(), 2)  # padded with its own: another's may be NaN
+    heads = kv_heads * group
+    base *= heads
+    order = base[starts].repeat(counts.max()).reshape(rows, -1)  # padded with its own: another's may be NaN
     padding = np.full(order.shape, -np.inf, np.float32)
-    order[row, 0, place], padding[row, 0, place] = base, 0
+    order[row, place], padding[row, place] = base, 0
     # A piece's results lie as [units, R, group, kv_heads]; a row's heads as [kv_heads, group].
-    order = order + np.arange(group * kv_heads).reshape(group, kv_heads).T.reshape(1, -1, 1)
-    padding = padding.repeat(order.shape[1], 1)
-    kept = np.flatnonzero(padding == 0)
-    ends = np.cumsum(np.repeat(counts, group * kv_heads))
-    shape = rows * group * kv_heads, -1
+    order = order.T[:, :, None] + np.arange(heads).reshape(group, kv_heads).T.reshape(-1)
+    padding = padding.T.repeat(heads, 1)
+    order = order.reshape(padding.shape)
+    columns, places = np.nonzero(padding.T == 0)
     return _Joins(
-        order=torch.from_numpy(order.reshape(shape)),
-        padding=torch.from_numpy(padding.reshape(shape)),
-        kept=torch.from_numpy(kept),
-        index=torch.from_numpy(order.reshape(-1)[kept]),
-        offsets=torch.from_numpy(np.concatenate([[0], ends[:-1]])),
+        order=torch.from_numpy(order.reshape(-1)),
+        padding=torch.from_numpy(padding),
+        kept=torch.from_numpy(places * padding.shape[1] + columns),
+        index=torch.from_numpy(order[places, columns]),
+        offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(np.repeat(counts, heads))[:-1]])),
     )
 
 

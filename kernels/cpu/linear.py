@@ -31,6 +31,7 @@ Multiply = Callable[[torch.Tensor], torch.Tensor]
 
 ZERO = 128  # what 0 is as an unsigned activation
 ROUND = 1.5 * 2**23  # added to a small float32 it leaves a whole number, rounded half to even, in the lowest bits
+_TINY = torch.tensor(1e-30)  # the least step: a row of zeros is divided by it
 SLAB = 8192  # rows of a weight that are dequantised at a time: bounds the float32 scratch
 
 
@@ -185,7 +186,9 @@ def _int8(weight: Weight) -> Multiply:
 
 
 def _int8_step(x: torch.Tensor) -> torch.Tensor:
-    return torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).div_(127).clamp_(min=1e-30)
+    # Few rows cost calls; many, passes over them.
+    most = x.abs().amax(-1, keepdim=True) if x.shape[0] <= 64 else torch.maximum(x.amax(-1, True), -x.amin(-1, True))
+    return torch.add(_TINY, most, alpha=1 / 127)
 
 
 def _packed(weight: Weight, dtype: torch.dtype) -> Multiply:
