@@ -159,7 +159,7 @@ def load(
     """See what a server withstands, beside what is wanted of it.
 
     It starts servers of its own on this machine: a thousand connections, cancelled and bad requests, large prompts, an
-    engine that hangs; what HTTP takes from the engine's speed; memory and CPU. About seven minutes.
+    engine that hangs; what HTTP takes from the engine's speed; memory and CPU. About 14 minutes.
     """
     check_installation()
     from bench.load.command import run

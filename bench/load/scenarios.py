@@ -159,11 +159,17 @@ async def soak(server: Server, seconds: float = 120.0, clients: int = 24, seed: 
 
 
 async def _fill(server: Server, draw: random.Random) -> None:
-    """Writes every block of the KV cache once: the system gives its memory page by page, which is no leak."""
+    """Writes every block of the KV cache once, and sends a prompt of every length as the engine rounds it up, and as
+    many answers at a time: the system gives memory page by page, and oneDNN keeps its code for each number of rows,
+    which are no leaks."""
     load = await server.load()
     tokens = load["kv_blocks_total"] * 64
     for _ in range(tokens // 200 + 1):
         await ask(server.port, "POST", PATH, completion(_words(draw, 200), 1))
+    for rows in (*range(1, 9), *range(16, 513, 8)):
+        await ask(server.port, "POST", PATH, {"prompt": [1000 + rows] * rows, "max_tokens": 1})
+    for answers in range(2, 9):
+        await ask(server.port, "POST", PATH, completion("Once", 2, n=answers))
 
 
 async def _broken(port: int, draw: random.Random) -> None:

@@ -28,6 +28,9 @@ from kernels.cpu.linear import plan
 
 BLOCK_SIZE = 64
 STEP_TOKENS = 512  # a prefill chunk on a CPU: large enough for full speed, short enough for the streams beside it
+# oneDNN keeps some 2 MiB for each number of rows that it has seen, and takes 10 to 50 ms over each new one: there are
+# few, the next multiple of 8 or, from ROWS_APART on, of 16. Up to 8 rows are as they are: there each one costs.
+ROWS_APART = 64
 LOGIT_ROWS = 64  # rows of prompt logits computed at a time: bounds the [rows, vocabulary] scratch
 PROGRESS_BYTES = 4 << 20
 NOT_FINITE = "The model's output for this request is not finite (NaN or infinity)."
@@ -130,12 +133,13 @@ class Runner:
             if sequence.request.params.prompt_logprobs is not None and start < sequence.prompt_len - 1:
                 scored.append((chunk, row))
         every = bool(scored) or len(rows) == len(tokens)
+        padding = _padding(len(tokens))
         step = Step(
-            tokens=torch.tensor(tokens),
-            slots=torch.tensor(slots),
-            rotations=self._rotations[torch.tensor(positions)],
+            tokens=torch.tensor(tokens + [0] * padding),
+            slots=torch.tensor(slots + [self.num_blocks * self.block_size] * padding),  # behind the pool
+            rotations=self._rotations[torch.tensor(positions + [0] * padding)],
             attention=self.backend.prepare(spans),
-            logit_rows=None if every else torch.tensor(rows, dtype=torch.int64),
+            logit_rows=None if every else torch.tensor(rows + [0] * _padding(len(rows)), dtype=torch.int64),
         )
         hidden = self.model.forward(step)
         result = StepResult({})
@@ -201,6 +205,11 @@ class Runner:
         """One short prefill and one decode, so that the first request does not pay for oneDNN's code generation."""
         for rows in (1, min(16, self.max_model_len)):
             self.logits([0] * rows)
+
+
+def _padding(rows: int) -> int:
+    """Rows to be computed along, whose results nobody takes."""
+    return 0 if rows <= 8 else -rows % (8 if rows <= ROWS_APART else 16)
 
 
 class _Run:

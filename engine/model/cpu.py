@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from engine.model.config import ModelConfig
 from engine.model.decoder import Step
@@ -92,7 +93,9 @@ class CpuBackend:
         )
 
     def attention(self, q: torch.Tensor, step: Step, layer: int) -> torch.Tensor:
-        return step.attention(q, layer)  # type: ignore[no-any-return]
+        padding = q.shape[0] - step.attention.rows
+        out: torch.Tensor = step.attention(q[: step.attention.rows], layer)
+        return F.pad(out, (0, 0, 0, padding)) if padding else out
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return fused.silu_mul(gate_up)

@@ -46,6 +46,7 @@ class Attention:
         batch_invariant: bool,
         scales: torch.Tensor | None = None,
     ):
+        self.rows = sum(span.rows for span in spans)
         self._caches = caches
         # float8 as integers: not every op takes it
         self._pools = [caches] if scales is None else [caches.view(torch.int8), scales]

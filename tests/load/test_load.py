@@ -12,9 +12,9 @@ from bench.load import scenarios
 from bench.load.server import Server, running
 
 SEQS, QUEUE = 16, 64
-GROWTH = {"front end": 16 * scenarios.MIB, "engine": 48 * scenarios.MIB}  # from one thousand connections to the next
+GROWTH = {"front end": 16 * scenarios.MIB, "engine": 32 * scenarios.MIB}  # from one thousand connections to the next
 SLOPE = scenarios.FLAT * scenarios.MIB  # of the front end, a minute
-SHAPES = 256 * scenarios.MIB  # what oneDNN keeps for each of the last 1,024 shapes of a matmul comes to less
+KEPT = 32 * scenarios.MIB  # by the engine, from a soak's first half minute to its end: some shapes come late
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,6 @@ def test_two_minutes_of_everything(server: Server) -> None:
         assert seen.answer.json()["choices"][0]["text"].startswith(" Paris.")
         samples = [memory for _, memory in seen.memory]
         assert seen.slope("front end") < SLOPE, samples[::10]
-        assert samples[-1]["engine"] - samples[0]["engine"] < SHAPES, samples[::10]
+        assert samples[-1]["engine"] - samples[0]["engine"] < KEPT, samples[::10]
 
     asyncio.run(run())
