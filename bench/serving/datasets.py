@@ -6,12 +6,14 @@ import dataclasses
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench.serving.client import Client, HttpError
 from bench.serving.options import ServeOptions
 from bench.serving.vocabulary import Vocabulary
 from engine.errors import FenError
+
+if TYPE_CHECKING:  # offline, as on a GPU machine with little installed, prompts are made without an HTTP client
+    from bench.serving.client import Client
 
 LONGEST_PROMPT, LONGEST_BOTH, SHORTEST = 1024, 2048, 4  # tokens; what of a ShareGPT file is used, as vLLM has it
 
@@ -43,6 +45,8 @@ def load(options: ServeOptions, vocabulary: Vocabulary, seed: str) -> list[Conve
 
 async def as_long_as_wanted(client: Client, model: str, conversations: list[Conversation]) -> bool:
     """Whether the server, if it can be asked, counts as many tokens in the first text as it should have."""
+    from bench.serving.client import HttpError
+
     first = conversations[0][0]
     try:
         counted = await client.post("/tokenize", {"model": model, "prompt": first.text, "add_special_tokens": False})
@@ -54,6 +58,7 @@ async def as_long_as_wanted(client: Client, model: str, conversations: list[Conv
 async def by_server(client: Client, model: str, conversations: list[Conversation]) -> list[Conversation] | None:
     """Texts cut to their number of tokens by the server's own tokenizer (POST /tokenize and /detokenize, as Fen and
     vLLM have them); None where it has none. For prompts that were made without the right one."""
+    from bench.serving.client import HttpError
 
     async def cut(turn: Turn) -> Turn:
         ids = await client.post("/tokenize", {"model": model, "prompt": turn.text, "add_special_tokens": False})

@@ -223,6 +223,13 @@ def test_gpu_command_needs_none_of_the_engines_libraries() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_its_sections_of_the_engine_need_no_http() -> None:
+    missing = ["zmq", "fastapi", "gguf", "uvicorn", "typer", "h11", "httpx", "prometheus_client", "matplotlib"]
+    code = f"import sys\nfor name in {missing!r}:\n    sys.modules[name] = None\n"
+    code += "import bench.gpu_sweep, bench.ladder_rung, bench.local_engine, bench.throughput, engine.core.gpu_runner"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_one_case_through_pytest_benchmark() -> None:
     pytest_command = [sys.executable, "-m", "pytest", "bench/test_kernels.py", "-q", "-p", "no:cacheprovider"]
     select = ["-k", "add_rmsnorm", "--benchmark-only", "--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
