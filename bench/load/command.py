@@ -249,10 +249,10 @@ NARROW = ("burst", "soak")  # come to a server with SEQS and QUEUE places
 SCENARIOS: dict[str, Measure] = {
     "burst": _burst,
     "soak": _soak,
+    "overhead": _overhead,  # with a pool as fresh as the engine's that it is compared with
     "idle": _idle,
     "cancelled": _cancelled,
     **{name: _beside(name) for name in DISTURBANCES},
     "health": _health,
-    "overhead": _overhead,
     "hang": _hang,
 }
