@@ -85,7 +85,7 @@ def run(
         raise FenError(f"--only {min(unknown)}: no such scenario; there are {', '.join(SCENARIOS)}")
     done: dict[str, Any] = {}
     if resume and json_path is not None and Path(json_path).exists():
-        done = results.load(json_path, "load").data["scenarios"]
+        done = results.load(Path(json_path), "load").data["scenarios"]
     wanted = [name for name in SCENARIOS if (not only or name in only) and name not in done]
     for narrow in (True, False):
         names = [name for name in wanted if (name in NARROW) == narrow]
