@@ -28,8 +28,8 @@ from kernels.cpu.linear import plan
 
 BLOCK_SIZE = 64
 STEP_TOKENS = 512  # a prefill chunk on a CPU: large enough for full speed, short enough for the streams beside it
-# oneDNN keeps some 2 MiB for each number of rows that it has seen, and takes 10 to 50 ms over each new one: there are
-# few, the next multiple of 8 or, from ROWS_APART on, of 16. Up to 8 rows are as they are: there each one costs.
+# oneDNN compiles for each number of rows anew, and keeps some 2 MiB of it: there are few numbers, the next multiple of
+# 8 or, from ROWS_APART on, of 16. Up to 8 rows are as they are: there each one costs.
 ROWS_APART = 64
 LOGIT_ROWS = 64  # rows of prompt logits computed at a time: bounds the [rows, vocabulary] scratch
 PROGRESS_BYTES = 4 << 20
