@@ -14,7 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels.cpu.decode import DecodeAttention
+from kernels.cpu.decode import DecodeAttention, supported
 from kernels.cpu.span import Span
 
 __all__ = ["KEY_TILE", "Attention", "Span"]
@@ -32,7 +32,7 @@ class Attention:
     caches: K and V of all layers, [2 * layers, slots, kv_heads, D]; with 8 bits, `scales` float32 [2 * layers, slots,
     kv_heads, 1] are those of their rows. heads: of q. window: tokens a query sees, itself included. What lies in a
     sequence's last block behind its last token must be finite (`CpuBackend.clear`).
-    dtype: of the arithmetic where more than one row is computed; single rows of other than 8 bits run in the cache's.
+    dtype: of the arithmetic where more than one row is computed; single rows run in float32, where there is a kernel.
     """
 
     def __init__(
@@ -53,14 +53,15 @@ class Attention:
         self._block_size = block_size
         self._invariant = batch_invariant
         self._window = window
-        apart = batch_invariant or scales is not None  # every span by itself, in `dtype`
+        # Batch-invariant: how a prompt is cut into steps, and so which rows are single, depends on the others.
+        apart = batch_invariant or not supported(caches.dtype, caches.shape[3])  # every span by itself, in `dtype`
         self.decode_only = not apart and all(span.rows == 1 for span in spans)
-        self.dtype = caches.dtype if self.decode_only else dtype
+        self.dtype = torch.float32 if self.decode_only else dtype
         # Per span and pool: K, V of layer 0, K, V of layer 1, ...
         self._views: list[list[tuple[torch.Tensor, ...]] | None] = []
         self._masks: list[torch.Tensor | None] = []
         single = [] if apart else [span for span in spans if span.rows == 1]
-        self._decode = DecodeAttention(single, caches, block_size, heads, window) if single else None
+        self._decode = DecodeAttention(single, caches, block_size, heads, window, scales) if single else None
         self._single = torch.tensor([span.row for span in single])
         self._spans = [span for span in spans if apart or span.rows > 1]
         for span in self._spans:
@@ -83,7 +84,7 @@ class Attention:
             return self._decode(q, layer).view(tokens, heads * dim)
         out = torch.empty(tokens, heads, dim, dtype=q.dtype)
         if self._decode is not None:
-            single = self._decode(q.index_select(0, self._single).to(self._caches.dtype), layer)
+            single = self._decode(q.index_select(0, self._single).float(), layer)
             out.index_copy_(0, self._single, single.to(q.dtype))
         for i, span in enumerate(self._spans):
             k, v = (x.to(q.dtype) for x in self._kv(i, layer))

@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from kernels.cpu import rows
 from kernels.kv_cache import quantize_rows
 
 
@@ -24,6 +25,8 @@ def add_rmsnorm(
 
     x / sqrt(mean(x^2) + eps) * w = x (w sqrt(H)) / sqrt(|x|^2 + H eps): three calls; weight from `norm_weight`.
     """
+    if dtype == residual.dtype and rows.fits(residual, *(() if delta is None else (delta,))):
+        return rows.add_rmsnorm(residual, delta, weight, eps)
     if delta is not None:
         residual.add_(delta)
     length = torch.linalg.vector_norm(residual, dim=-1, keepdim=True).hypot_(_epsilon(residual.shape[-1], eps))
@@ -41,6 +44,8 @@ def _epsilon(size: int, eps: float) -> torch.Tensor:
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up [T, 2 I] -> silu(gate) * up [T, I], the same dtype. float16 saturates instead of overflowing."""
     half = gate_up.shape[-1] // 2
+    if rows.fits(gate_up) and half % 16 == 0:
+        return rows.silu_mul(gate_up)
     gate, up = gate_up[:, :half], gate_up[:, half:]
     out = F.silu(gate).mul_(up)
     return out.clamp_(-65504, 65504) if out.dtype == torch.float16 else out

@@ -25,12 +25,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from kernels.cpu import rows
 from kernels.formats import Weight, dequantize
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
 
-ZERO = 128  # what 0 is as an unsigned activation
-ROUND = 1.5 * 2**23  # added to a small float32 it leaves a whole number, rounded half to even, in the lowest bits
 _TINY = torch.tensor(1e-30)  # the least step: a row of zeros is divided by it
 SLAB = 8192  # rows of a weight that are dequantised at a time: bounds the float32 scratch
 
@@ -122,20 +121,20 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [M, K] -> [M, N] in plan.dtype(M); under `eight_bit_input` those of other weights in the form's own."""
-        rows = x.shape[0]
+        count = x.shape[0]
         plan = self.plan
-        few = rows <= plan.few_rows
+        few = count <= plan.few_rows
         dtype = torch.float32 if self._int8 else plan.few if few else plan.many
         if x.dtype != dtype:
             x = x.to(dtype)
         multiply = self._few if few else self._many
         assert multiply is not None
-        if rows == 1 and plan.batch_invariant:
+        if count == 1 and plan.batch_invariant:
             y = multiply(F.pad(x, (0, 0, 0, 1)))[:1]
         else:
             y = multiply(x)
         y = y.add_(self._bias[dtype]) if self._bias else y
-        return y.to(plan.dtype(rows)) if self._int8 else y
+        return y.to(plan.dtype(count)) if self._int8 else y
 
 
 def _as_stored(weight: Weight) -> Multiply | None:
@@ -175,9 +174,12 @@ def _int8(weight: Weight) -> Multiply:
         points, op = torch.zeros(len(scale), dtype=torch.int32), torch.ops.onednn.qlinear_pointwise
 
         def multiply(x: torch.Tensor) -> torch.Tensor:
-            step = _int8_step(x)
-            rounded = (x / step).add_(ROUND + ZERO).view(torch.int32).to(torch.uint8)
-            y = op(rounded, 1.0, ZERO, packed, scale, points, None, 1.0, 0, torch.float32, "none", [], "")
+            if rows.fits(x):
+                rounded, step = rows.round_rows(x)
+            else:
+                step = _int8_step(x)
+                rounded = (x / step).add_(rows.ROUND + rows.ZERO).view(torch.int32).to(torch.uint8)
+            y = op(rounded, 1.0, rows.ZERO, packed, scale, points, None, 1.0, 0, torch.float32, "none", [], "")
             return y.mul_(step)  # type: ignore[no-any-return]
 
         return multiply

@@ -218,13 +218,13 @@ def test_float8_only_where_there_are_instructions_for_it() -> None:
 
 def test_gpu_command_needs_none_of_the_engines_libraries() -> None:
     """A machine that only has PyTorch and Triton can run it."""
-    missing = ["msgspec", "zmq", "fastapi", "gguf", "uvicorn", "typer", "tokenizers", "transformers", "matplotlib"]
+    missing = ["msgspec", "zmq", "fastapi", "gguf", "uvicorn", "typer", "tokenizers", "transformers", "llvmlite"]
     code = f"import sys\nfor name in {missing!r}:\n    sys.modules[name] = None\nimport bench.gpu_sections, bench.gpu"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_its_sections_of_the_engine_need_no_http() -> None:
-    missing = ["zmq", "fastapi", "gguf", "uvicorn", "typer", "h11", "httpx", "prometheus_client", "matplotlib"]
+    missing = ["zmq", "fastapi", "gguf", "uvicorn", "typer", "h11", "httpx", "prometheus_client", "llvmlite"]
     code = f"import sys\nfor name in {missing!r}:\n    sys.modules[name] = None\n"
     code += "import bench.gpu_sweep, bench.ladder_rung, bench.local_engine, bench.throughput, engine.core.gpu_runner"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
