@@ -13,8 +13,7 @@ from bench.load.server import Server, running
 
 SEQS, QUEUE = 16, 64
 GROWTH = {"front end": 16 * scenarios.MIB, "engine": 32 * scenarios.MIB}  # from one thousand connections to the next
-SLOPE = scenarios.FLAT * scenarios.MIB  # of the front end, a minute
-KEPT = 32 * scenarios.MIB  # by the engine, from a soak's first half minute to its end: some shapes come late
+SLOPE = scenarios.FLAT * scenarios.MIB  # a minute
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,7 @@ def test_two_minutes_of_everything(server: Server) -> None:
         assert not any(seen.after[name] for name in ("server_load", "running", "waiting", "kv_blocks_used")), seen.after
         assert seen.answer.json()["choices"][0]["text"].startswith(" Paris.")
         samples = [memory for _, memory in seen.memory]
-        assert seen.slope("front end") < SLOPE, samples[::10]
-        assert samples[-1]["engine"] - samples[0]["engine"] < KEPT, samples[::10]
+        for process in ("front end", "engine"):
+            assert seen.slope(process) < SLOPE, samples[::10]
 
     asyncio.run(run())
