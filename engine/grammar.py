@@ -104,9 +104,15 @@ class Grammars:
             raise RequestError(_reason(matcher.get_error()))
         return matcher
 
+    def prepare(self) -> None:
+        """Makes the vocabulary, if grammars can be followed at all."""
+        if self._eos_ids:
+            self.vocabulary  # noqa: B018
+
     @functools.cached_property
     def vocabulary(self) -> LLTokenizer:
-        """The tokenizer as llguidance needs it; made when first wanted, which takes half a second."""
+        """The tokenizer as llguidance needs it. Made when first wanted: half a second and more of the interpreter's
+        time, most of it without a break, so that no step is computed meanwhile."""
         wrapper = TokenizerWrapper(_Vocabulary(self._source, self.vocab_size, self._eos_ids))
         return LLTokenizer(wrapper, n_vocab=self.vocab_size, eos_token=self._eos_ids)
 

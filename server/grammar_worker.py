@@ -28,6 +28,7 @@ SECONDS = 2.0  # of a processor
 WALL_SECONDS = 10.0  # more, since it runs only where nobody else wants a core
 BYTES = 512 << 20  # beyond what the process has already
 CHILDREN = 4
+LOADING_NICE = 5  # while it loads: slows the engine by less than an equal would, and is there after a few seconds
 TOO_HARD = f"it takes more than {SECONDS:g} s or {BYTES >> 20} MiB to compile; simplify it"
 
 Reply = tuple[str | None, str]
@@ -103,6 +104,7 @@ def serve(grammars: Grammars) -> None:
 
 
 def main() -> None:
+    session_steps_back(LOADING_NICE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server
     checkpoint = open_checkpoint(sys.argv[1], sys.argv[2])
     config = checkpoint.config

@@ -65,6 +65,10 @@ class EngineCore:
         """False when step() would have nothing to do."""
         return bool(self._outputs or self._in_flight or self.scheduler.has_work)
 
+    def idle(self) -> None:
+        """For when there has been nothing to do for a while: what would stop the steps beside the first grammar."""
+        self.runner.grammars.prepare()
+
     @property
     def preparing(self) -> str:
         """As the runner's."""

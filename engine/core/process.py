@@ -47,6 +47,7 @@ class Core(Protocol):
     def finish(self, id: str, tokens: int, device_seconds: dict[str, float]) -> object: ...
     def step(self) -> list[Output]: ...
     def stats(self) -> EngineStats: ...
+    def idle(self) -> None: ...
 
 
 Progress = Callable[[str, float], None]
@@ -91,9 +92,10 @@ def beat(directory: str, status: Status) -> None:
 
 
 def serve(core: Core, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes], status: Status) -> None:
-    """Runs until a Shutdown arrives. With nothing to do it sleeps in poll, and now and then tells that it was idle."""
+    """Runs until a Shutdown arrives. With nothing to do it sleeps in poll, and now and then is idle and tells so."""
     while True:
         if not core.has_work and not inbox.poll(1000):
+            core.idle()
             status.stats = core.stats()
             continue
         while inbox.poll(0):

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -19,6 +20,7 @@ from engine.checkpoint import Tokenizer, open_checkpoint
 from engine.checkpoint.dummy import SHAPES
 from engine.checkpoint.gguf import read_gguf
 from engine.checkpoint.gguf_tokenizer import tokenizer_from_gguf
+from engine.core.loop import EngineCore
 from engine.errors import RequestError
 from engine.grammar import Grammars, Guide
 from tests.engine.checkpoint.llama_cpp_variants import SENTENCEPIECE, variant
@@ -55,6 +57,17 @@ def follow(grammars: Grammars, guide: Guide, tokens: list[int]) -> None:
     for token in tokens:
         assert guide.allowed()[token]
         grammars.advance([(guide, token)])
+
+
+def test_an_idle_engine_makes_what_the_first_grammar_needs(checkpoint_path: Path) -> None:
+    checkpoint = open_checkpoint(str(checkpoint_path))
+    size = checkpoint.config.vocab_size
+    grammars = Grammars(checkpoint.tokenizer, size, checkpoint.config.eos_token_ids)
+    EngineCore(SimpleNamespace(grammars=grammars), SimpleNamespace()).idle()  # type: ignore[arg-type]
+    assert vars(grammars)["vocabulary"].vocab_size == size
+    endless = Grammars(checkpoint.tokenizer, size, ())  # no grammar can end: there is nothing to make, and no error
+    endless.prepare()
+    assert "vocabulary" not in vars(endless)
 
 
 @hypothesis.settings(max_examples=60, deadline=None)

@@ -74,6 +74,9 @@ class FakeCore:
             outputs.append(output)
         return outputs
 
+    def idle(self) -> None:
+        pass
+
     def stats(self) -> EngineStats:
         return EngineStats(
             running=len(self.requests), steps=self.totals.steps, generation_tokens=self.totals.generation_tokens

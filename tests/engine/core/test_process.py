@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import pytest
 
 from engine.core.client import EngineClient
-from engine.core.process import Status
+from engine.core.process import Status, serve
 from engine.errors import EngineDeadError, RequestError
-from engine.messages import EngineOptions, Output, Request, SamplingParams
+from engine.messages import EngineOptions, EngineStats, Output, Request, SamplingParams, Shutdown, encode
 
 FAKE = (sys.executable, "-P", str(Path(__file__).with_name("fake_engine.py")))
 ENDLESS, DIE, HANG, REFUSE, NORMAL = 1, 2, 3, 4, 5
@@ -40,6 +40,15 @@ def test_a_step_s_time_begins_when_what_is_done_once_is_done() -> None:
     status.step_started = time.monotonic() - 7
     status.prepared -= 60  # that was long ago: a step that hangs is seen
     assert status.heartbeat().step_seconds > 6
+
+
+def test_after_a_second_without_work_the_core_is_told() -> None:
+    told: list[str] = []
+    core = SimpleNamespace(has_work=False, idle=lambda: told.append("idle"), stats=EngineStats)
+    polls = iter([0, 1, 1, 0])  # nothing came in the second; then something did
+    inbox = SimpleNamespace(poll=lambda _: next(polls), recv=lambda: encode(Shutdown()))
+    serve(core, inbox, SimpleNamespace(), Status())  # type: ignore[arg-type]
+    assert told == ["idle"]
 
 
 def with_client(test: Callable[[EngineClient], Awaitable[None]], **options: object) -> None:
@@ -280,7 +289,7 @@ def test_idle_costs_no_cpu() -> None:
 PARENT = """
 import asyncio, sys
 from engine.core.client import EngineClient
-from engine.core.process import Status
+from engine.core.process import Status, serve
 from engine.messages import EngineOptions
 async def main():
     client = EngineClient(EngineOptions(), command={command!r})
