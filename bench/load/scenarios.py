@@ -86,8 +86,8 @@ async def cancelled(server: Server, count: int = 200, tokens: int = 400) -> Answ
 
 @dataclasses.dataclass
 class Soak:
-    """statuses: of all answers (0: none, the client left). memory: (second, resident bytes by process), without those
-    of the warm-up. after: what GET /load says at the end. answer: to a short request after all."""
+    """statuses: of all answers (0: none, the client left). memory: (second, Server.memory), without those of the
+    warm-up. after: what GET /load says at the end. answer: to a short request after all."""
 
     statuses: dict[int, int]
     memory: list[tuple[float, dict[str, int]]]
@@ -197,17 +197,22 @@ async def streams(server: Server, count: int, tokens: int) -> list[Answer]:
 
 @dataclasses.dataclass
 class Beside:
-    """Seconds between the tokens of one stream, alone and beside the disturbance. statuses, seconds: of what disturbed;
-    0: it was not answered before the stream's end."""
+    """Seconds between the tokens of one stream, alone and beside the disturbance, turn by turn. statuses, seconds: of
+    what disturbed; 0: it was not answered before the stream's end."""
 
-    quiet: list[float] = dataclasses.field(default_factory=list)
-    loud: list[float] = dataclasses.field(default_factory=list)
+    quiet: list[list[float]] = dataclasses.field(default_factory=list)
+    loud: list[list[float]] = dataclasses.field(default_factory=list)
     statuses: dict[int, int] = dataclasses.field(default_factory=dict)
     seconds: list[float] = dataclasses.field(default_factory=list)
 
+    def ratios(self, share: float = 99) -> list[float]:
+        """Of each turn: this percentile beside the disturbance to that right before, alone."""
+        turns = zip(self.quiet, self.loud, strict=True)
+        return [percentile(loud, share) / percentile(quiet, share) for quiet, loud in turns]
+
 
 async def beside(
-    server: Server, clients: Sequence[Sequence[tuple[str, str, Any]]], tokens: int = 100, rounds: int = 3
+    server: Server, clients: Sequence[Sequence[tuple[str, str, Any]]], tokens: int = 200, rounds: int = 5
 ) -> Beside:
     """One stream, alone and beside `clients`, taking turns. Each client sends its requests one after another without a
     pause, from one round to the next."""
@@ -226,7 +231,7 @@ async def beside(
             tasks = [asyncio.create_task(disturb(requests)) for requests in endless if disturbing]
             await asyncio.sleep(0.2)  # it has begun
             (answer,) = await streams(server, 1, tokens)
-            gaps += answer.gaps
+            gaps.append(answer.gaps)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -9,6 +9,7 @@ import pytest
 
 from bench import results
 from bench.load import command
+from bench.load.scenarios import Beside
 from bench.report import markdown_table
 from engine.messages import EngineOptions
 
@@ -35,3 +36,9 @@ def test_the_readme_shows_what_is_kept() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for row in markdown_table(["line", "wanted", "measured", ""], [line.row() for line in lines()]).splitlines():
         assert f"  {row}\n" in readme, row
+
+
+def test_a_turn_that_something_else_disturbed_does_not_decide() -> None:
+    quiet, loud = [0.02] * 100, [0.03] * 100
+    seen = Beside([quiet, quiet, quiet], [loud, [1.0] * 100, loud])
+    assert seen.ratios() == pytest.approx([1.5, 50, 1.5])
