@@ -29,6 +29,7 @@ from engine.errors import FenError, RequestError, is_out_of_memory
 from engine.messages import EngineInfo, EngineOptions, EngineStats, Output, Request, encode
 
 HEARTBEAT_SECONDS = 1.0
+IDLE_MILLISECONDS = 300  # without work, until it counts as idle: a pause between requests is often no longer
 FLUSH_MILLISECONDS = 2000  # how long the last message may take to leave
 NO_MEMORY = "there is not enough memory for this engine; choose a smaller model or a smaller --kv-cache-tokens"
 
@@ -94,7 +95,7 @@ def beat(directory: str, status: Status) -> None:
 def serve(core: Core, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes], status: Status) -> None:
     """Runs until a Shutdown arrives. With nothing to do it sleeps in poll, and now and then is idle and tells so."""
     while True:
-        if not core.has_work and not inbox.poll(1000):
+        if not core.has_work and not inbox.poll(IDLE_MILLISECONDS):
             core.idle()
             status.stats = core.stats()
             continue
