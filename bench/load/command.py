@@ -130,6 +130,7 @@ def arguments_of(options: EngineOptions) -> list[str]:
 
 async def _burst(place: Place) -> tuple[list[Line], Data]:
     server = place.server
+    await server.calm()  # what it makes when it is first idle, it has
     await scenarios.burst(server)  # what the first thousand make the process grow by, it keeps for the next
     memory = server.memory()
     seen = await scenarios.burst(server)

@@ -150,6 +150,7 @@ async def soak(server: Server, seconds: float = 120.0, clients: int = 24, seed: 
             memory.append((time.monotonic() - start, server.memory()))
             await asyncio.sleep(1.0)
 
+    await server.calm()  # what it makes when it is first idle, it has
     await _fill(server, draw)
     start = time.monotonic() + warm_up
     await asyncio.gather(watch(), *(client() for _ in range(clients)))
