@@ -7,6 +7,7 @@ threads beside the loop: the native code gives the interpreter free meanwhile.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 from collections.abc import Collection, Sequence
 
@@ -105,9 +106,11 @@ class Grammars:
         return matcher
 
     def prepare(self) -> None:
-        """Makes the vocabulary, if grammars can be followed at all."""
+        """Makes the vocabulary, if grammars can be followed at all. What fails will fail again, and the request that
+        wants it be told."""
         if self._eos_ids:
-            self.vocabulary  # noqa: B018
+            with contextlib.suppress(Exception):
+                self.vocabulary  # noqa: B018
 
     @functools.cached_property
     def vocabulary(self) -> LLTokenizer:

@@ -20,7 +20,7 @@ from server.version import SOURCE_TREE, version
 PACKAGES = ("engine", "kernels", "server", "bench", "seeds")
 LIBRARIES = (
     "torch", "triton", "numpy", "safetensors", "tokenizers", "jinja2", "gguf", "huggingface_hub",
-    "llguidance", "fastapi", "uvicorn", "pyzmq", "msgspec", "prometheus_client", "typer", "rich",
+    "llguidance", "llvmlite", "fastapi", "uvicorn", "pyzmq", "msgspec", "prometheus_client", "typer", "rich",
 )  # fmt: skip
 # Releases that the project is tested with: (first, first that is too new).
 TESTED = {"torch": ((2, 11), (2, 14)), "triton": ((3, 6), (3, 8))}
