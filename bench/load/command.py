@@ -27,7 +27,7 @@ from engine import cores
 from engine.errors import FenError
 from engine.messages import EngineOptions
 
-STREAMS, TOKENS, ROUNDS = 16, 256, 7  # of the comparison with the engine alone
+STREAMS, TOKENS, ROUNDS = 16, 256, 15  # of the comparison with the engine alone
 SEQS, QUEUE = 16, 64  # of the server that the thousand connections come to
 CONTEXT = 1024
 PLACES = SEQS + QUEUE
@@ -77,7 +77,7 @@ def run(
     only: Collection[str] = (),
     resume: bool = False,
 ) -> None:
-    """Measures (in about 18 minutes, with a soak of two), prints each line as it comes, then the table.
+    """Measures (in about 20 minutes, with a soak of two), prints each line as it comes, then the table.
 
     json_path: written after each scenario. only: names of SCENARIOS; none: all. resume: leaves out those that the file
     holds already. Raises FenError for a name or a file that is none, and when a server does not start.

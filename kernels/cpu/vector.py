@@ -86,9 +86,9 @@ def _openmp() -> Any:
     threads are torch's own. None where torch uses another."""
     try:
         with open("/proc/self/maps") as maps:
-            path = next(line.split()[-1] for line in maps if "libgomp" in line)
-        parallel = ctypes.CDLL(path).GOMP_parallel
-    except (OSError, StopIteration, AttributeError):
+            paths = {line.split()[-1] for line in maps if "libgomp" in line}
+        parallel = ctypes.CDLL(max(paths, key=lambda path: "torch" in path)).GOMP_parallel  # others may bring their own
+    except (OSError, ValueError, AttributeError):
         return None
     parallel.argtypes, parallel.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
     return parallel
