@@ -12,7 +12,7 @@ from bench.kernel_cases import EIGHT_BITS, Case
 from bench.operations import Operation, Place, Rounding, add_baseline, elementwise, relative
 from bench.timing import Call, copies
 from kernels.formats import Weight, dequantize
-from kernels.gpu import linear_w8
+from kernels.gpu import linear, linear_w8
 from kernels.gpu.fused import quantise_rows
 from kernels.gpu.split_k import Workspace
 from kernels.gpu.tiles import current_gpu
@@ -56,7 +56,7 @@ def prepare(case: Case, place: Place) -> Operation:
         if place.tile is not None:
             (linear_w8.w8a8 if eight else linear_w8.w8a16)(x, w, out, workspace, tile=place.tile)
         else:
-            linear_w8.matmul_w8(x, w, out, workspace, scratch)
+            linear.multiply(x, w, out, workspace, scratch)
 
     def error() -> tuple[float, float]:
         out.fill_(NAN)

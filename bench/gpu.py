@@ -49,6 +49,7 @@ class Section:
 
 def sections(dry: bool) -> list[Section]:
     from bench.gpu_sections import (
+        END_TO_END,
         LADDERS,
         ceilings,
         check,
@@ -71,12 +72,12 @@ def sections(dry: bool) -> list[Section]:
                (("w4", 110), ("attention", 70), ("w8", 50), ("other", 50))]  # fmt: skip
     return [
         Section("machine", machine, 60),
-        Section("ceilings", ceilings, 30),
+        Section("ceilings", ceilings, 90),
         *checks,
+        Section("graph equals eager", graph_equals_eager, 90),
         *timings,
-        Section("graph equals eager", graph_equals_eager, 60),
-        Section("step", step, 45),
-        Section("end to end", end_to_end, 120),
+        Section("step", step, 60),
+        *(Section(f"end to end {model}", end_to_end(model), 150) for model in (("tiny",) if dry else END_TO_END)),
         Section("transformers", transformers, 120),
         *(Section(f"ladder {shape}", ladder(shape), 240) for shape in (LADDERS[:1] if dry else LADDERS)),
         *(Section(f"sweep {shape}", sweep(shape), 150) for shape in (SHAPES[:1] if dry else SHAPES)),
@@ -153,6 +154,8 @@ def _same_code(earlier: Result) -> bool:
 def _collect(section: Section, process: BaseProcess, folder: Path) -> Result:
     late = process.is_alive()
     if late:
+        process.terminate()  # a ladder ends the process of its rung then, which would keep the device
+        process.join(10)
         process.kill()
         process.join()
     result = _read(folder, section)
@@ -174,6 +177,8 @@ def _child(section: Section, folder: Path, dry: bool) -> None:
             import torch
 
             torch.set_grad_enabled(False)
+            if section.together:  # oracles on the CPU: not each with all its cores
+                torch.set_num_threads(1)
         for result in section.run(dry, folder):
             write_json(_path(folder, section), found | result | {"complete": False})
         done: Result = {"complete": "not_run" not in result}

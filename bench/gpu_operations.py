@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import math
@@ -10,13 +9,14 @@ import math
 import torch
 import torch.nn.functional as F
 
-from bench import attention_operations, eight_bit_operations
-from bench.kernel_cases import FORMATS, Case
+from bench import attention_operations, eight_bit_operations, layer_operations
+from bench.gpu_packing import FP16_ARITHMETIC, copy_of, packed_weight
+from bench.kernel_cases import Case
 from bench.operations import Operation, Place, Prepare, Rounding, add_baseline, elementwise, largest, relative
 from bench.timing import Call, copies
 from kernels import kv_cache
 from kernels.cpu.philox import gumbel
-from kernels.gpu import fused, linear_w4, sample, w4_layout
+from kernels.gpu import fused, linear, linear_w4, sample, w4_layout
 from kernels.gpu.tiles import current_gpu
 from kernels.oracle import fused as fused_oracle
 from kernels.oracle import linear_w4 as linear_oracle
@@ -24,32 +24,11 @@ from kernels.oracle import sample as sample_oracle
 
 NAN = math.nan
 SMALL_M = 64  # rows up to which torch's weight-only kernels are worth their time
-FP16_ARITHMETIC = 6e-4  # twice the error of weights rounded to fp16 once
 
 
 def prepare(case: Case, place: Place) -> Operation:
     """Raises what the kernel raises for sizes or dtypes it does not have."""
     return KERNELS[case.kernel](case, place)
-
-
-def packed_weight(case: Case, place: Place) -> tuple[w4_layout.W4, w4_layout.Parts]:
-    """Random 4-bit weights [N, K] of the case's layer and format."""
-    n, k = case.shape.linears[case.layer]
-    group, zero_point = FORMATS[case.dtype]
-    rng = place.generator(1)
-    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=place.device, generator=rng)
-    d = (0.005 + 0.01 * torch.rand(n, k // group, device=place.device, generator=rng)).half()
-    if zero_point:
-        m = torch.randint(0, 17, d.shape, device=place.device, generator=rng).half()
-    else:
-        m = (-7.5 * d.float() + 0.01 * torch.randn(d.shape, device=place.device, generator=rng)).half()
-    weight = w4_layout.pack(q, d, m, kw=w4_layout.lane_order(current_gpu().capability), zero_point=zero_point)
-    return weight, (q, d, m, zero_point)
-
-
-def copy_of(weight: w4_layout.W4) -> w4_layout.W4:
-    words, pairs = (t.view(torch.int32).clone().view(torch.uint32) for t in (weight.words, weight.pairs))
-    return dataclasses.replace(weight, words=words, pairs=pairs)
 
 
 def w4a16(case: Case, place: Place) -> Operation:
@@ -65,7 +44,7 @@ def w4a16(case: Case, place: Place) -> Operation:
 
     def multiply(w: w4_layout.W4) -> None:
         if place.tile is None:
-            linear_w4.matmul_w4(x, w, out, workspace, scratch)
+            linear.multiply(x, w, out, workspace, scratch)
         else:
             linear_w4.w4a16(x, w, out, workspace, tile=place.tile)
 
@@ -344,6 +323,7 @@ KERNELS: dict[str, Prepare] = {
     "dequant_w4": dequant_w4,
     "w8a16": eight_bit_operations.prepare,
     "w8a8": eight_bit_operations.prepare,
+    "layer": layer_operations.layer,
     "dequant_w8": eight_bit_operations.dequant_w8,
     "quantise_rows": eight_bit_operations.rows_in_eight_bits,
     "decode": attention_operations.decode,

@@ -26,9 +26,11 @@ Run = Callable[[bool, Path], Iterator[Result]]
 DUMMIES = (
     "llama-3-8b", "llama-3-8b-w4a16", "llama-3-8b-w8a8", "llama-3-8b-fp8", "yi-6b-w4a16", "yi-34b-w4a16", "yi-34b-fp8",
 )  # fmt: skip
+FUSED = ("smollm2-135m-instruct", "llama-3-8b-w4a16")  # these run with six launches a layer, too
+END_TO_END = ("smollm2-135m-instruct", *DUMMIES)
 LADDERS = ("llama-3-8b", "yi-34b")
 FAMILIES = {
-    "w4a16": "w4", "dequant_w4": "w4", "w8a16": "w8", "w8a8": "w8", "dequant_w8": "w8",
+    "w4a16": "w4", "dequant_w4": "w4", "layer": "w4", "w8a16": "w8", "w8a8": "w8", "dequant_w8": "w8",
     "quantise_rows": "w8", "decode": "attention", "prefill": "attention",
 }  # fmt: skip
 WANTED = {("llama-3-8b", 1): 170.0, ("llama-3-8b-w4a16", 1): 430.0}  # tokens a second; the head is in 16 bits
@@ -96,13 +98,20 @@ def _cases(dry: bool, family: str, cases: list[Case]) -> list[Case]:
 def _rows(cases: list[Case], dry: bool, folder: Path, timed: bool) -> Iterator[Result]:
     cache = kernels.l2_bytes() if timed and not dry else 0
     place = Place(_device(dry), cache, baselines=timed)
-    limits = _limits(folder)
+    limits = _limits(folder) if timed else Ceilings(1.0, {}, "")
     rows: list[kernels.Row] = []
-    for row in kernels.measured(cases, gpu_operations.prepare, place, limits, 0.0 if dry else 0.05, timed):
+    seconds, known = 0.0 if dry else 0.05, _checked(folder) if timed else {}
+    for row in kernels.measured(cases, gpu_operations.prepare, place, limits, seconds, timed, known):
         rows.append(row)
         yield {"rows": rows}
     if len(rows) < len(cases):
         raise RuntimeError(f"the device failed at {rows[-1]['kernel']} {rows[-1]['case']}: {rows[-1]['failed']}")
+
+
+def _checked(folder: Path) -> dict[tuple[str, str], tuple[float, float]]:
+    """(error, allowed) of (kernel, case), as the checks of this run have found it: the oracles take their time."""
+    rows = [row for path in (folder / "parts").glob("check-*.json") for row in json.loads(path.read_text())["rows"]]
+    return {(row["kernel"], row["case"]): (row["error"], row["allowed"]) for row in rows if "failed" not in row}
 
 
 def step(dry: bool, folder: Path) -> Iterator[Result]:
@@ -110,27 +119,34 @@ def step(dry: bool, folder: Path) -> Iterator[Result]:
     shape = kernel_cases.TINY if dry else kernel_cases.LLAMA_3_8B
     weights = "Q4_1" if dry else "W4 g128"
     place = Place(_device(dry), 0)
-    launches = decode_step.gpu_launches(shape, 2 if dry else 1, 40 if dry else 1024, weights, place)
-    timed = decode_step.measure_step(launches, place.device, _limits(folder), 0.0 if dry else 0.05)
-    yield {"rows_by_launch": timed.rows, "us": timed.us, "text": decode_step.render(timed)}
+    found: Result = {"text": ""}
+    for fused in (False, True):
+        launches = decode_step.gpu_launches(shape, 2 if dry else 1, 40 if dry else 1024, weights, place, fused)
+        timed = decode_step.measure_step(launches, place.device, _limits(folder), 0.0 if dry else 0.05)
+        name = "six launches a layer" if fused else "nine launches a layer"
+        found |= {name: {"rows_by_launch": timed.rows, "us": timed.us}}
+        found["text"] += f"\n{name}\n{decode_step.render(timed)}\n"
+        yield found
 
 
 def graph_equals_eager(dry: bool, folder: Path) -> Iterator[Result]:
     """The same prompts with and without CUDA graphs, one of them under a grammar: the same tokens, and the same bits of
     their log-probabilities."""
     rows: list[Result] = []
-    for model, load_format in _models(dry, folder, ("smollm2-135m",)):
+    models = _models(dry, folder, ("smollm2-135m",))
+    for (model, load_format), fusions in itertools.product(models, ("none", "all")):
         try:
             texts = []
             for eager in (True, False):
-                engine = _engine(model, load_format, dry, eager)
+                engine = _engine(model, load_format, dry, eager, fusions=fusions)
                 new = 8 if dry else 48
                 free = _greedy(engine, [5, 64, 130, 1, 33], new)
                 texts.append(free + _greedy(engine, [9], new, grammar="start: /[a-z ]*/"))
                 del engine
                 _free()
             same = [a == b for a, b in zip(*texts, strict=True)]
-            rows.append({"model": model, "equal": all(same), "first": same.index(False) if False in same else None})
+            name = model if fusions == "none" else f"{model}, fused"
+            rows.append({"model": name, "equal": all(same), "first": same.index(False) if False in same else None})
         except Exception as error:
             rows.append({"name": f"graph equals eager, {model}"} | outcome(error))
         yield {"rows": rows}
@@ -138,26 +154,32 @@ def graph_equals_eager(dry: bool, folder: Path) -> Iterator[Result]:
         yield {"not_run": rows[0]["not_run"]}
 
 
-def end_to_end(dry: bool, folder: Path) -> Iterator[Result]:
-    """Tokens a second of the whole engine: the real SmolLM2, then dummy weights of three larger shapes."""
-    rows: list[Result] = []
-    for model, load_format in _models(dry, folder, DUMMIES):
-        name = model if load_format == "auto" else f"{model}, dummy weights"
-        try:
-            engine = _engine(model, load_format, dry, eager=False)
-            about = {"quantization": engine.info.quantization, "dtype": engine.info.dtype}
-            for batch in (1, 4) if dry else (1, 16, 64):
-                rate = _decode_rate(engine, batch, *((8, 4) if dry else (PROMPT, NEW)))
-                wanted = None if dry else WANTED.get((model, batch))
-                rows.append({"name": f"{name}, {batch} at a time", "tokens_per_second": rate, "wanted": wanted} | about)
+def end_to_end(model: str) -> Run:
+    def run(dry: bool, folder: Path) -> Iterator[Result]:
+        """Tokens a second of the whole engine: the real SmolLM2, or dummy weights of a larger shape."""
+        rows: list[Result] = []
+        name, load_format = _models(dry, folder, [model] if model in DUMMIES else ())[-1]
+        for fusions in ("none", "all") if model in FUSED or dry else ("none",):
+            label = name if load_format == "auto" else f"{name}, dummy weights"
+            label += ", fused" if fusions == "all" else ""
+            try:
+                engine = _engine(name, load_format, dry, eager=False, fusions=fusions)
+                about = {"quantization": engine.info.quantization, "dtype": engine.info.dtype}
+                for batch in (1, 4) if dry else (1, 16, 64):
+                    rate = _decode_rate(engine, batch, *((8, 4) if dry else (PROMPT, NEW)))
+                    wanted = None if dry else WANTED.get((model, batch))
+                    row = {"name": f"{label}, {batch} at a time", "tokens_per_second": rate, "wanted": wanted}
+                    rows.append(row | about)
+                    yield {"rows": rows}
+                del engine
+                _free()
+            except Exception as error:
+                rows.append({"name": label} | outcome(error))
                 yield {"rows": rows}
-            del engine
-            _free()
-        except Exception as error:
-            rows.append({"name": name} | outcome(error))
-            yield {"rows": rows}
-    if all("not_run" in row for row in rows):
-        yield {"not_run": rows[0]["not_run"]}
+        if all("not_run" in row for row in rows):
+            yield {"not_run": rows[0]["not_run"]}
+
+    return run
 
 
 def transformers(dry: bool, folder: Path) -> Iterator[Result]:

@@ -153,6 +153,7 @@ def full() -> list[Case]:
         cases += [Case(kernel, shape, m) for kernel in FUSED for m in (1, 16, 64, 512, 4096)]
         cases += [Case("sample", shape, m, "float32", options=o) for m in (1, 16, 64) for o in SAMPLING]
         cases += [Case("logprobs", shape, m, "float32") for m in (1, 64)]
+        cases += [Case("layer", shape, m, weights[-1]) for m in (1, 16, 32, 64)]
         cases += [Case("dequant_w4", shape, 0, weights[-1], layer) for layer in shape.linears]
         cases += [Case("dequant_w8", shape, 0, "Q6_K", layer) for layer in shape.linears]
         cases += [Case("quantise_rows", shape, m, dtype) for dtype in ROUNDED for m in (1, 64, 4096)]
@@ -166,6 +167,8 @@ def short() -> list[Case]:
     big += [linear(YI_34B, "gate_up", m, "W4 g128") for m in (1, 16, 64, 1024)]
     small = [linear(LLAMA_3_8B, layer, m, "W4 g128") for layer in ("qkv", "o", "down") for m in (1, 16, 64)]
     small += [linear(SMOLLM2, layer, m, "Q4_1") for layer in SMOLLM2.linears for m in (1, 16, 256)]
+    small += [Case("layer", SMOLLM2, m, "Q4_1") for m in (1, 16, 64)]
+    small += [Case("layer", LLAMA_3_8B, m, "W4 g128") for m in (1, 16, 64)]
     eight = eight_bit(LLAMA_3_8B, "gate_up", (1, 16, 64, 256, 1024))
     eight += eight_bit(LLAMA_3_8B, "gate_up", (1, 16), ("Q6_K", "fp8 block"))
     eight += [Case("dequant_w8", LLAMA_3_8B, 0, "Q6_K", "gate_up")]
@@ -192,10 +195,12 @@ def checks() -> list[Case]:
             cases.append(decode(shape, (1, 63, 65, 700, 0, 2500), dtype, block, window))
             cases.append(prefill(shape, (5, 129, 64, 1), (5, 200, 64, 333), dtype, block, window))
     awkward = Shape("awkward", 192, 208, 4, 2, 48, 1000, 1)
+    medium = Shape("medium", 640, 896, 8, 2, 64, 1000, 1)
     for weights in FORMATS:
         shapes = ((SMOLLM2, "down"), (YI_6B, "o")) if weights != "Q4_1" else ((awkward, "qkv"), (SMOLLM2, "qkv"))
         cases += [linear(shape, layer, m, weights) for shape, layer in shapes for m in (1, 3, 17, 64, 100, 300, 900)]
         cases += [Case("dequant_w4", shape, 0, weights, layer) for shape, layer in shapes]
+        cases += [Case("layer", medium, m, weights) for m in (3, 33)]
     for shape, layer in ((SMOLLM2, "down"), (awkward, "qkv")):
         formats = EIGHT_BITS if shape is SMOLLM2 else (*PER_ROW, "Q5_K")
         cases += eight_bit(shape, layer, (1, 17, 100, 900), formats)
@@ -204,6 +209,7 @@ def checks() -> list[Case]:
     for dtype in ("bfloat16", "float16", "float32"):
         for shape in (SMOLLM2, awkward):
             cases += [Case(kernel, shape, m, dtype) for kernel in FUSED for m in (1, 5, 333)]
+    cases += [Case("rope_and_cache_write", Shape("d96", 3072, 8192, 32, 32, 96, 1000, 1), 5)]
     cases += [Case("rope_and_cache_write", YI_34B, 33, dtype) for dtype in ("int8", "float8_e4m3fn")]
     for shape in (SMOLLM2, awkward):
         cases += [Case("sample", shape, 8, dtype, options=o) for o in SAMPLING for dtype in ("float32", "bfloat16")]
@@ -214,6 +220,7 @@ def checks() -> list[Case]:
 def dry() -> list[Case]:
     """Every kernel once, small enough for Triton's interpreter, which as shipped is right for float16 and float32."""
     cases = [linear(TINY, "qkv", m, "Q4_1") for m in (1, 900)] + [linear(TINY, "o", 3, "Q4_1")]
+    cases += [Case("layer", TINY, 3, "Q4_1")]
     cases += eight_bit(TINY, "qkv", (3, 900), ("int8 row", "Q6_K"))
     cases += [Case("w8a16", TINY, 3, "fp8 row", "qkv"), Case("dequant_w8", TINY, 0, "Q5_K", "qkv")]
     cases += [Case("quantise_rows", TINY, 2, "int8"), decode(TINY, (70, 5), "float8_e4m3fn")]

@@ -166,7 +166,9 @@ def ceilings(place: Place, small: bool) -> dict[str, Any]:
     if place.device == "cpu" and not small:
         weights = bytes_read(place.checkpoint())
         limits = dataclasses.replace(limits, bandwidth=max(limits.bandwidth, read_bandwidth(weights)))
-    rates = limits.rates | {"16-bit": max(limits.rates.values()), "int8": int8_rate(place, 64 if small else 1024)}
+    rates = limits.rates | {"16-bit": max(limits.rates[name] for name in ("bfloat16", "float16", "float32"))}
+    if "int8" not in rates:  # a GPU's is among its limits
+        rates["int8"] = int8_rate(place, 64 if small else 1024)
     return dataclasses.asdict(dataclasses.replace(limits, rates=rates))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
 import math
 import os
@@ -40,8 +42,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
+def _hash_of_files() -> str:
+    root, found = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for path in sorted(path for folder in ("bench", "engine", "kernels") for path in (root / folder).rglob("*.py")):
+        found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
 def commit() -> str:
-    """The commit of the clone this runs from, "-dirty" with changes to tracked files; "unknown" outside a clone."""
+    """The commit of the clone this runs from, "-dirty" with changes to tracked files; outside a clone a hash of the
+    files."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
@@ -49,7 +60,7 @@ def commit() -> str:
             [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return f"files-{_hash_of_files()}"
     return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
 
 

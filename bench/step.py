@@ -43,10 +43,11 @@ class StepTime:
 
 
 def run(
-    model: str, batch: int, context: int, weights: str, threads: int | None = None, json_path: str | None = None
-) -> None:
+    model: str, batch: int, context: int, weights: str, threads: int | None = None, json_path: str | None = None,
+    fused: bool = False,
+) -> None:  # fmt: skip
     """Prints the table of a step of `batch` sequences with `context` tokens each. BenchError: an unknown model or
-    format."""
+    format, or `fused` on a CPU."""
     if model not in kernel_cases.MODELS:
         raise BenchError(f"{model!r} is not a known shape; known are {', '.join(kernel_cases.MODELS)}.")
     if weights not in FORMATS:
@@ -56,6 +57,8 @@ def run(
     cpu = place.device.type == "cpu"
     if cpu and weights != "Q4_1":
         raise BenchError(f"On a CPU the 4-bit weights are Q4_1; {weights} runs on a GPU.")
+    if cpu and fused:
+        raise BenchError("--fused are launches of a GPU, and PyTorch finds none here.")
     if json_path is not None:
         results.check_writable(Path(json_path))
     meanwhile = Disturbance(os.getpid())
@@ -65,14 +68,15 @@ def run(
     make = (
         functools.partial(cpu_launches, shape, batch, context)
         if cpu
-        else functools.partial(gpu_launches, shape, batch, context, weights)
+        else functools.partial(gpu_launches, shape, batch, context, weights, fused=fused)
     )
     timed = measure_step(make(place), place.device, ceilings, kernels.SECONDS)
-    print(f"\n{model}, {weights}, random weights: one decode step of {batch} sequences with {context} tokens each")
+    kind = f"{weights}{', fused' if fused else ''}"
+    print(f"\n{model}, {kind}, random weights: one decode step of {batch} sequences with {context} tokens each")
     print(render(timed))
     print(kernels.disturbed(meanwhile))
     if json_path is not None:
-        data = kernels.conditions(ceilings, meanwhile) | {"batch": batch, "context": context}
+        data = kernels.conditions(ceilings, meanwhile) | {"batch": batch, "context": context, "fused": fused}
         data |= {"us": timed.us, "launches": timed.rows}
         device = kernels.device_name(place.device)
         results.save(Path(json_path), results.new("step", data, model=model, quantization=weights, device=device))
@@ -137,10 +141,12 @@ def render(timed: StepTime) -> str:
     return markdown_table(header, cells) + f"\n{floor / timed.us:.0%} of the roofline"
 
 
-def gpu_launches(shape: Shape, batch: int, context: int, weights: str, place: Place) -> list[Launch]:
-    """The plain set of the GPU path: nine launches a layer, then norm, head and sampling. Activations are float16; the
-    head is dense float16."""
-    from bench import gpu_operations
+def gpu_launches(
+    shape: Shape, batch: int, context: int, weights: str, place: Place, fused: bool = False
+) -> list[Launch]:
+    """The plain set of the GPU path: nine launches a layer, then norm, head and sampling; fused: six a layer.
+    Activations are float16; the head is dense float16."""
+    from bench import gpu_operations, layer_operations
     from bench.timing import copies
 
     place = dataclasses.replace(place, baselines=False)
@@ -148,15 +154,21 @@ def gpu_launches(shape: Shape, batch: int, context: int, weights: str, place: Pl
     layers = shape.layers
     once = functools.partial(_once, layers)
 
-    def linear(layer: str) -> Launch:
-        case = kernel_cases.linear(shape, layer, batch, weights)
-        weight, _ = gpu_operations.packed_weight(case, place)
-        operation = gpu_operations.w4a16(case, dataclasses.replace(place, cache_bytes=weight.bytes * layers // 2))
-        return Launch(layer, layers, operation)
+    def each(name: str, operation: Operation) -> Launch:
+        return Launch(name, layers, operation)
 
-    def each(kernel: str, name: str) -> Launch:
-        return Launch(name, layers, gpu_operations.prepare(Case(kernel, shape, batch, "float16"), wanted))
-
+    case = Case("layer", shape, batch, weights)
+    one = layer_operations.Products(case, wanted)
+    products = layer_operations.Products(case, dataclasses.replace(place, cache_bytes=one.bytes * layers // 2))
+    fusions = layer_operations.ALL if fused else layer_operations.PLAIN
+    parts = [
+        each(part.name, Operation(part.calls, part.bytes, part.flops, "float16", lambda: (0.0, 0.0)))
+        for part in products.launches(fusions)
+    ]
+    behind_qkv = next(i for i, part in enumerate(parts) if part.name.startswith("qkv")) + 1
+    rope = each(
+        "rope, cache write", gpu_operations.prepare(Case("rope_and_cache_write", shape, batch, "float16"), wanted)
+    )
     attention = kernel_cases.decode(shape, (context,) * batch, "float16")
     pages = gpu_operations.prepare(attention, wanted)
     pages = gpu_operations.prepare(attention, dataclasses.replace(place, cache_bytes=pages.bytes * layers // 2))
@@ -168,15 +180,10 @@ def gpu_launches(shape: Shape, batch: int, context: int, weights: str, place: Pl
     head = Operation(calls, 2 * n * k + batch * (2 * k + 4 * n), 2 * batch * n * k, "float16", lambda: (0.0, 0.0))
     sampled = Case("sample", shape, batch, "float32", options=kernel_cases.SAMPLING[0])
     return [
-        each("add_rmsnorm", "norm before attention"),
-        linear("qkv"),
-        each("rope_and_cache_write", "rope, cache write"),
-        Launch("attention", layers, pages),
-        linear("o"),
-        each("add_rmsnorm", "norm before MLP"),
-        linear("gate_up"),
-        each("silu_mul", "silu · up"),
-        linear("down"),
+        *parts[:behind_qkv],
+        rope,
+        each("attention", pages),
+        *parts[behind_qkv:],
         once("last norm", gpu_operations.prepare(Case("add_rmsnorm", shape, batch, "float16"), wanted)),
         once("head", head),
         once("sampling", gpu_operations.prepare(sampled, place)),

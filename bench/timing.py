@@ -6,7 +6,6 @@ work on different buffers (`copies` says how many), and goes through them in tur
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import statistics
@@ -64,16 +63,18 @@ def graph_time(calls: Sequence[Call], seconds: float) -> Time:
 
 def capture(calls: Sequence[Call], count: int) -> torch.cuda.CUDAGraph:
     """`count` calls, taken in turn, as a graph. They must have run before: nothing may compile during the capture."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        graph.capture_begin()
+        graph.capture_begin(pool=pool)
         try:
             for i in range(count):
                 calls[i % len(calls)]()
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # the first error says more than that of a broken capture
+            try:
                 graph.capture_end()
+            except RuntimeError:  # the first error says more; but the allocator must not stay in the broken capture
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             raise
         graph.capture_end()
     torch.cuda.synchronize()

@@ -36,6 +36,7 @@ CHOICES: dict[str, dict[str, Sequence[int]]] = {
     "w8a16": MATMUL,
     "w8a8": MATMUL,
     "decode": {"block_n": (32, 64, 128), "num_stages": (2, 3, 4), "num_warps": (2, 4, 8)},
+    "layer": {"silu": (False, True), "norm": (False, True)},
     "prefill": {"block_m": (64, 128), "block_n": (32, 64, 128), "num_stages": (2, 3, 4), "num_warps": (4, 8)},
 }
 
@@ -73,6 +74,7 @@ def cases() -> list[Case]:
         formats = ["Q4_1"] if shape is kernel_cases.SMOLLM2 else [f for f in FORMATS if "zero" not in f]
         rows = (16, 32, 64, 128, 512)
         found += [kernel_cases.linear(shape, layer, m, f) for layer in shape.linears for f in formats for m in rows]
+        found += [Case("layer", shape, m, formats[-1]) for m in (16, 32, 64)]
         for layer in shape.linears:
             eight = kernel_cases.eight_bit(shape, layer, rows, (*kernel_cases.PER_ROW, "int8 g128", "Q6_K"))
             found += [case for case in eight if (case.kernel, case.dtype) != ("w8a16", "fp8 row")]  # int8's tile
@@ -84,10 +86,15 @@ def cases() -> list[Case]:
 
 def named(chosen: Sequence[Case], gpu: Any) -> Iterator[tuple[Case, str, Any]]:
     """Each case with its name in the file and the tile that it has now."""
-    from kernels.gpu import attention, linear_w4, linear_w8
+    from kernels.gpu import attention, epilogue, linear_w4, linear_w8
 
     for case in chosen:
         shape = case.shape
+        if case.kernel == "layer":
+            group, zero_point = FORMATS[case.dtype]
+            sizes = case.rows, *shape.linears["gate_up"], f"w4 g{group}{' zero' if zero_point else ''}"
+            yield case, epilogue.case_name(*sizes), epilogue.config(*sizes, gpu)
+            continue
         if case.kernel == "w4a16":
             n, k = shape.linears[case.layer]
             sizes = case.rows, n, k, FORMATS[case.dtype][0], torch.float16

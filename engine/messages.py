@@ -137,6 +137,7 @@ class EngineOptions(msgspec.Struct, kw_only=True, omit_defaults=True):
     batch_invariant: bool | None = None  # default: on with float32, else off
     threads: int | None = None  # CPU threads; default: all cores
     enforce_eager: bool = False  # no CUDA graphs
+    fusions: str = "auto"  # "auto": those measured to pay on this GPU | "none" | "all"
     gpu_memory_utilization: float = 0.9
     seed: int = 0  # for requests without one
 

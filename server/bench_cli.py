@@ -197,13 +197,14 @@ def step(
     weights: Annotated[str, typer.Option(metavar="FORMAT", help="Q4_1, or on a GPU W4 g128.")] = "Q4_1",
     threads: Threads = None,
     json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the result there, too.")] = None,
+    fused: Annotated[bool, typer.Option("--fused", help="On a GPU: six launches a layer instead of nine.")] = False,
 ) -> None:
     """Measure one decode step, launch by launch, beside the least that its bytes and FLOPs take."""
     check_installation()
     from bench.step import run
 
     with _refusals():
-        run(model, batch, context, weights, threads, json)
+        run(model, batch, context, weights, threads, json, fused)
 
 
 @bench.command()

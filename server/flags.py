@@ -65,6 +65,10 @@ ENGINE: dict[str, Any] = {
     ],
     "threads": Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads; default: all cores.")],
     "enforce_eager": Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs.")],
+    "fusions": Annotated[
+        Literal["auto", "none", "all"],
+        typer.Option(help="Decode launches that are fused on a GPU; auto: those measured to pay there."),
+    ],
     "gpu_memory_utilization": Annotated[
         float,
         typer.Option(

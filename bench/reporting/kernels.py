@@ -64,8 +64,9 @@ def is_right(row: Row) -> bool:
 def whole_engine(result: Result) -> list[str]:
     """What `python -m bench.gpu` measured end to end, and what it could not run."""
     found = []
-    for name in ("end to end", "transformers"):
-        part = result.data["sections"].get(name, {})
+    for name, part in result.data["sections"].items():
+        if not name.startswith(("end to end", "transformers")):
+            continue
         rows = [row for row in part.get("rows", []) if "tokens_per_second" in row]
         found += [f"{row['name']}: {row['tokens_per_second']:,.0f} tokens/s." for row in rows]
         if "not_run" in part:

@@ -47,6 +47,7 @@ _TEMPLATE = (
 
 
 # What a shape's name may end in: its layers are quantised so.
+BLOCK = 1 << 21  # random words that are drawn for a tensor; a larger one repeats them
 SCHEMES = {
     "-w4a16": Scheme("PACKED", "W4A16", 4, 128),
     "-w8a16": Scheme("INT8", "W8A16"),
@@ -82,7 +83,8 @@ def _part(name: str, kind: str, shape: tuple[int, ...], weight: tuple[int, ...],
         deviation = 0.6 if scheme.kind == "FP8_A8" else 2**scheme.bits / math.sqrt(12)
         return np.full(shape, 1 / (deviation * math.sqrt(weight[1])), np.float32 if kind == "F32" else np.float16)
     random = np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
-    raw = np.frombuffer(random.bytes(stored_bytes(kind, shape)), np.uint8)
+    size = stored_bytes(kind, shape)
+    raw = np.resize(np.frombuffer(random.bytes(min(size, 8 * BLOCK)), np.uint8), size)
     return raw & np.uint8(0xBF) if kind == "F8_E4M3" else raw
 
 
@@ -96,8 +98,8 @@ def _values(name: str, shape: tuple[int, ...]) -> npt.NDArray[np.uint16]:
     pairs = (quantiles[:, None] << 16 | quantiles).reshape(-1)
     count = math.prod(shape)
     random = np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
-    picks = random.integers(0, 1 << 64, -(-count // 8), np.uint64).view(np.uint16)
-    return pairs[picks].view(np.uint16)[:count].reshape(shape)
+    picks = random.integers(0, 1 << 64, min(-(-count // 8), BLOCK), np.uint64).view(np.uint16)
+    return np.resize(pairs[picks].view(np.uint16), count).reshape(shape)
 
 
 @functools.cache

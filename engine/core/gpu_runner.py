@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
 from numpy.typing import NDArray
 
 from engine.checkpoint import Checkpoint
 from engine.core.device import DeviceClock
+from engine.core.preparation import Preparation
 from engine.core.runner import (
     LOGIT_ROWS,
     NOT_FINITE,
@@ -52,6 +52,7 @@ from engine.model.sampler import seed_of
 from engine.scheduling.scheduler import Chunk, Schedule
 from engine.scheduling.sequence import Sequence
 from kernels.gpu.sample import SampleWorkspace, SamplingTable, logprobs, sample
+from kernels.gpu.tiles import BUCKETS
 from kernels.kv_cache import BLOCK_SIZES
 
 BLOCK_SIZE = 64
@@ -82,7 +83,7 @@ class _Launched:
     logprobs: list[torch.Tensor]  # of each row: log-probability, rank, best tokens, theirs; or empty
     scored: list[tuple[Chunk, torch.Tensor]]  # chunks with prompt logprobs, and their hidden states
     padded: int
-    prepared: float
+    prepared: dict[str, float]  # seconds; "compiling" is between the marks, where the device waits
     started: Any
     done: Any
 
@@ -92,7 +93,6 @@ class GpuRunner:
 
     depth = 1
     fatal = (torch.AcceleratorError,)
-    preparing = ""
     contiguous = False
 
     def __init__(
@@ -120,7 +120,9 @@ class GpuRunner:
         self._max_seqs = options.max_num_seqs
         self._batch_sizes = batch_sizes(self._max_seqs)
         self._seed = options.seed
-        self.backend = GpuBackend(config, activations, self.block_size, self.device, invariant, options.kv_cache_dtype)
+        self.backend = GpuBackend(
+            config, activations, self.block_size, self.device, invariant, options.kv_cache_dtype, options.fusions
+        )
         progress("weights", 0.0)
         self.model = load_decoder(checkpoint, self.backend, weights_progress(progress, checkpoint.total_bytes))
         self._synchronize()  # they are there
@@ -134,11 +136,9 @@ class GpuRunner:
         self._step = 0
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._seen: set[int] = set()  # batch sizes that have run
-        self._prepared = 0.0  # seconds that capturing took for this launch
         self._use_graphs = self._cuda and not options.enforce_eager
         self._starting: Callable[[str, float], None] | None = progress
-        triton.knobs.runtime.jit_cache_hook = lambda **_: self._prepare("compiling")
-        triton.knobs.runtime.jit_post_compile_hook = lambda **_: self._prepare("")
+        self._preparation = Preparation(self._when_preparing)
         self._pool = torch.cuda.graph_pool_handle() if self._use_graphs else None
 
         self.max_model_len = options.max_model_len or config.max_position
@@ -169,8 +169,7 @@ class GpuRunner:
 
     @torch.inference_mode()
     def launch(self, schedule: Schedule) -> _Launched:
-        self._prepare("")  # what failed is over
-        self._prepared = 0.0
+        self._preparation.reset()
         chunks = schedule.chunks
         runs = [self._run(chunk.sequence) for chunk in chunks]
         scored = [chunk for chunk in chunks if _is_scored(chunk)]
@@ -248,12 +247,13 @@ class GpuRunner:
         entries = self._logprobs(logits, [sequence for _, sequence, _ in drawn]) if logits is not None else []
         fetched = self._fetch(self._buffer[: len(drawing)])
         padded = len(chunks) + padding if padding else 0
-        return _Launched(drawn, fetched, entries, kept, padded, self._prepared, started, self._clock.mark())
+        return _Launched(drawn, fetched, entries, kept, padded, self._preparation.seconds, started, self._clock.mark())
 
     @torch.inference_mode()
     def finish(self, handle: _Launched) -> StepResult:
-        result = StepResult({}, padded=handle.padded, prepared=handle.prepared)
-        result.started, result.seconds = self._clock.wait(handle.started, handle.done)
+        result = StepResult({}, padded=handle.padded, prepared=sum(handle.prepared.values()))
+        result.started, seconds = self._clock.wait(handle.started, handle.done)
+        result.seconds = max(0.0, seconds - handle.prepared["compiling"])
         tokens = handle.tokens.tolist()
         columns = [column.tolist() for column in handle.logprobs]
         for row, sequence, run in handle.drawn:
@@ -305,7 +305,11 @@ class GpuRunner:
 
         with torch.inference_mode():
             prompts = self._peak(lambda: compute(positions, slots, 0, lengths, sequences))
-            decode(1)
+            for rows in sorted({min(n, most) for n in BUCKETS}):  # each has tiles of its own
+                short = [min(limit, rows - i) for i in range(0, rows, limit)]
+                compute([p for length in short for p in range(length)], slots[:rows], 0, short, 1)
+            for n in sorted({min(n, sequences) for n in (1, *BUCKETS)}):
+                decode(n)
             return prompts, self._peak(lambda: decode(sequences))
 
     def _inputs(
@@ -364,12 +368,15 @@ class GpuRunner:
             self._seen.add(size)
             return None
         graph = torch.cuda.CUDAGraph()
-        self._prepare("capturing")
-        started = time.monotonic()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = compute()
-        self._prepared = time.monotonic() - started
-        self._prepare("")
+        self._preparation.set("capturing")
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                logits = compute()
+        except torch.OutOfMemoryError:  # no room for graphs: eager steps need none
+            self._use_graphs = False
+            return None
+        finally:
+            self._preparation.set("")
         self._graphs[size] = graph, logits
         return self._graphs[size]
 
@@ -456,9 +463,11 @@ class GpuRunner:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._cuda)
         return host.copy_(tensor, non_blocking=True)
 
-    def _prepare(self, what: str) -> None:
-        """what: "compiling" (or reading compiled code from the disk), "capturing", or "" when that is over."""
-        self.preparing = what
+    @property
+    def preparing(self) -> str:
+        return self._preparation.state
+
+    def _when_preparing(self, what: str) -> None:
         if self._starting is not None:
             self._starting("kernels" if what else "warm-up", 0.0)
 

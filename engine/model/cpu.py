@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.model.config import ModelConfig
-from engine.model.decoder import Step
+from engine.model.decoder import Layer, Linear, Step
 from engine.model.rope import unrotated
 from kernels import kv_cache
 from kernels.cpu import fused
@@ -66,12 +66,11 @@ class CpuBackend:
             self.scales,
         )
 
-    def dtype(self, rows: int) -> torch.dtype:
-        return self.plan.dtype(rows)
-
     def add_rmsnorm(
-        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, dtype: torch.dtype
-    ) -> torch.Tensor:
+        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float,
+        reader: Linear | None,
+    ) -> torch.Tensor:  # fmt: skip
+        dtype = torch.float32 if reader is None else self.plan.dtype(residual.shape[0])
         return fused.add_rmsnorm(residual, delta, weight, eps, dtype)
 
     def rope_and_cache_write(
@@ -97,5 +96,10 @@ class CpuBackend:
         out: torch.Tensor = step.attention(q[: step.attention.rows], layer)
         return F.pad(out, (0, 0, 0, padding)) if padding else out
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return fused.silu_mul(gate_up)
+    def gated(self, gate_up: Linear, x: torch.Tensor, reader: Linear) -> torch.Tensor:
+        return fused.silu_mul(gate_up(x))
+
+    def run_layers(
+        self, layers: list[Layer], residual: torch.Tensor, step: Step, eps: float, multiplier: float
+    ) -> bool:
+        return False

@@ -11,7 +11,7 @@ import torch
 
 from engine.model.config import ModelConfig
 
-Linear = Callable[[torch.Tensor], torch.Tensor]
+Linear = Callable[[Any], torch.Tensor]  # of a tensor, or of what the backend has made for it
 
 
 @dataclasses.dataclass(slots=True)
@@ -28,13 +28,12 @@ class Step:
 class Backend(Protocol):
     """The arithmetic of one device: kernels/cpu or kernels/gpu behind one set of names."""
 
-    def dtype(self, rows: int) -> torch.dtype:
-        """Of the linears' input at this many rows."""
-        ...
-
     def add_rmsnorm(
-        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, dtype: torch.dtype
-    ) -> torch.Tensor: ...
+        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float,
+        reader: Linear | None,
+    ) -> Any:  # fmt: skip
+        """residual += delta; what `reader` takes of its RMSNorm. None: float32."""
+        ...
 
     def rope_and_cache_write(
         self, qkv: torch.Tensor, step: Step, layer: int, qk_norm: tuple[torch.Tensor, torch.Tensor, float] | None
@@ -42,7 +41,16 @@ class Backend(Protocol):
 
     def attention(self, q: torch.Tensor, step: Step, layer: int) -> torch.Tensor: ...
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor: ...
+    def gated(self, gate_up: Linear, x: Any, reader: Linear) -> Any:
+        """silu(gate) * up, as `reader` takes it."""
+        ...
+
+    def run_layers(
+        self, layers: list[Layer], residual: torch.Tensor, step: Step, eps: float, multiplier: float
+    ) -> bool:
+        """Adds to the residual all that the layers give, in fewer launches than one for each operation; False: nothing
+        is done, since that is not to be had or does not pay."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,22 +80,22 @@ class Decoder:
     def forward(self, step: Step) -> torch.Tensor:
         """Computes one step and writes its KV. Returns the final hidden states, float32 [S, H], for `logits`."""
         ops, eps = self.backend, self.config.rms_norm_eps
-        dtype = ops.dtype(step.tokens.shape[0])
         residual = self.embed(step.tokens)
         if self.config.embedding_multiplier != 1:
             residual = residual * self.config.embedding_multiplier
         delta, weight = None, self.config.residual_multiplier
-        for index, layer in enumerate(self.layers):
-            x = ops.add_rmsnorm(residual, delta, layer.input_norm, eps, dtype)
+        fused = ops.run_layers(self.layers, residual, step, eps, weight)
+        for index, layer in enumerate(() if fused else self.layers):
+            x = ops.add_rmsnorm(residual, delta, layer.input_norm, eps, layer.qkv)
             q = ops.rope_and_cache_write(layer.qkv(x), step, index, layer.qk_norm)
             delta = _times(layer.output(ops.attention(q, step, index)), weight)
-            x = ops.add_rmsnorm(residual, delta, layer.post_norm, eps, dtype)
-            delta = _times(layer.down(ops.silu_mul(layer.gate_up(x))), weight)
-        assert delta is not None
+            x = ops.add_rmsnorm(residual, delta, layer.post_norm, eps, layer.gate_up)
+            delta = _times(layer.down(ops.gated(layer.gate_up, x, layer.down)), weight)
         rows = step.logit_rows
         if rows is not None:
-            residual, delta = residual[rows], delta[rows]
-        return ops.add_rmsnorm(residual, delta, self.norm, eps, torch.float32)
+            residual, delta = residual[rows], None if delta is None else delta[rows]
+        hidden: torch.Tensor = ops.add_rmsnorm(residual, delta, self.norm, eps, None)
+        return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [S, H] -> float32 [S, V]."""

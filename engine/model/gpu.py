@@ -12,27 +12,57 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from engine.errors import CapacityError
 from engine.model.config import ModelConfig
-from engine.model.decoder import Linear, Step
+from engine.model.decoder import Layer, Linear, Step
 from engine.model.rope import rotations, unrotated
 from kernels import kv_cache
 from kernels.formats import Weight, decode, dequantize
-from kernels.gpu import attention, fused, linear_w4, linear_w8, w4_layout
+from kernels.gpu import attention, epilogue, fused, linear, linear_w8, w4_layout
+from kernels.gpu.epilogue import PLAIN, Epilogue, Fusions
+from kernels.gpu.fused import Rounded
 from kernels.gpu.split_k import Workspace
 from kernels.gpu.tiles import current_gpu
 
 X_EXP = 4
 SLAB = 128  # rows that a batch-invariant matmul takes at a time
 PIECE = 8192  # rows of a weight that are dequantised at a time: bounds the float32 scratch
-MOST = min(linear_w4.CROSSOVER, linear_w8.CROSSOVER)  # rows that a matmul takes without a scratch buffer
 
-# x, out, the power of two that x was divided by: out = x @ W^T, with W as it is stored.
-Multiply = Callable[[torch.Tensor, torch.Tensor, int], None]
+Packed = w4_layout.W4 | linear_w8.W8
+NO_FUSIONS, ALL_FUSIONS = (Fusions(silu=on, norm=on) for on in (False, True))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GpuLinear:
+    """product: the linear. weight: as it was stored, if there is a kernel for that. turns: rows of gate and up come in
+    turns."""
+
+    product: Linear
+    weight: Packed | None
+    bias: torch.Tensor | None
+    x_exp: int
+    turns: bool
+
+    def __call__(self, x: Any) -> torch.Tensor:
+        return self.product(x)
+
+    @property
+    def rounds(self) -> torch.dtype | None:
+        """The 8-bit type that x is rounded to, if it is, and may be before."""
+        weight = self.weight
+        eight = isinstance(weight, linear_w8.W8) and weight.eight_bit_input and weight.order is None
+        return weight.q.dtype if eight else None  # type: ignore[union-attr]
+
+    @property
+    def fusable(self) -> Packed | None:
+        """The weight, if its launch can have an epilogue."""
+        weight = self.weight
+        return None if weight is None or weight.order is not None or self.rounds is not None else weight
 
 
 @dataclasses.dataclass(slots=True)
@@ -62,6 +92,7 @@ class GpuBackend:
         device: torch.device,
         invariant: bool,
         kv_dtype: str = "auto",
+        fusions: str = "auto",
     ):
         self.config = config
         self.activations = activations
@@ -71,6 +102,7 @@ class GpuBackend:
         self.block_size = block_size
         self.device = device
         self.invariant = invariant
+        self.fusions = "none" if invariant or activations != torch.float16 else fusions
         self.cache: list[kv_cache.KVCache] = []
         self.workspace = Workspace(current_gpu(), device)
         self._largest = 0  # elements of the largest weight that is dequantised for many rows
@@ -101,15 +133,20 @@ class GpuBackend:
 
     # The operations, see engine.model.decoder.Backend.
 
-    def dtype(self, rows: int) -> torch.dtype:
-        return self.activations
-
     def add_rmsnorm(
-        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, dtype: torch.dtype
-    ) -> torch.Tensor:
-        out = torch.empty(residual.shape, dtype=dtype, device=self.device)
+        self, residual: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float,
+        reader: Linear | None,
+    ) -> torch.Tensor | Rounded:  # fmt: skip
+        out = self._for(reader, *residual.shape) if reader else torch.empty(residual.shape, device=self.device)
         fused.add_rmsnorm(delta, residual, weight, out, eps=eps)
         return out
+
+    def _for(self, reader: Linear, rows: int, columns: int) -> torch.Tensor | Rounded:
+        """Memory for what this linear reads."""
+        rounds = reader.rounds if isinstance(reader, GpuLinear) and not self.invariant else None
+        if rounds is not None:
+            return Rounded.empty(rows, columns, rounds, self.device)
+        return torch.empty(rows, columns, dtype=self.activations, device=self.device)
 
     def rope_and_cache_write(
         self, qkv: torch.Tensor, step: Step, layer: int, qk_norm: tuple[torch.Tensor, torch.Tensor, float] | None
@@ -140,11 +177,51 @@ class GpuBackend:
             )  # fmt: skip
         return out.flatten(1)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        rows, width = gate_up.shape
-        out = torch.empty(rows, width // 2, dtype=gate_up.dtype, device=self.device)
-        fused.silu_mul(gate_up, out, out_exp=X_EXP if out.dtype == torch.float16 else 0)
+    def gated(
+        self, gate_up: Linear, x: torch.Tensor | Rounded, reader: Linear, norm: epilogue.Norm | None = None
+    ) -> torch.Tensor | Rounded:
+        """norm: what x was scaled by."""
+        rows = x.shape[0]
+        turns = isinstance(gate_up, GpuLinear) and gate_up.turns
+        if turns and self._fusions(gate_up, rows).silu:
+            return self._behind(gate_up, x, Epilogue(norm, silu=True, out_exp=X_EXP))
+        both = gate_up(x) if norm is None else self._behind(gate_up, x, Epilogue(norm))
+        out = self._for(reader, rows, both.shape[1] // 2)
+        out_exp = X_EXP if out.dtype == torch.float16 else 0
+        fused.silu_mul(both, out, out_exp=out_exp, turn=epilogue.TURN if turns else None)
         return out
+
+    def run_layers(
+        self, layers: list[Layer], residual: torch.Tensor, step: Step, eps: float, multiplier: float
+    ) -> bool:
+        """With RMSNorm spread over the matmuls (kernels/gpu/epilogue.py)."""
+        if not self._fusions(layers[0].gate_up, residual.shape[0]).norm or not all(map(_fusable, layers)):
+            return False
+        x = torch.empty(residual.shape, dtype=self.activations, device=self.device)
+        norm = fused.start_norm(residual, layers[0].input_norm, x, eps)
+        following = [layer.input_norm for layer in layers[1:]] + [layers[-1].post_norm]  # the last one's x is not read
+        for index, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
+            qkv = self._behind(layer.qkv, x, Epilogue(norm))
+            mixed = self.attention(self.rope_and_cache_write(qkv, step, index, layer.qk_norm), step, index)
+            x = self._behind(layer.output, mixed, Epilogue(norm, layer.post_norm, factor=multiplier))
+            norm = norm.added()
+            inner = self.gated(layer.gate_up, x, layer.down, norm)
+            x = self._behind(layer.down, inner, Epilogue(norm, next_norm, factor=multiplier))
+            norm = norm.added()
+        return True
+
+    def _fusions(self, gate_up: Linear, rows: int) -> Fusions:
+        weight = gate_up.fusable if isinstance(gate_up, GpuLinear) else None
+        if weight is None or self.fusions == "none" or rows > epilogue.MOST_ROWS:
+            return NO_FUSIONS
+        if self.fusions == "all":
+            return ALL_FUSIONS
+        return epilogue.config(rows, weight.n, weight.k, weight.name, current_gpu())
+
+    def _behind(self, linear: Linear, x: torch.Tensor | Rounded, tail: Epilogue) -> torch.Tensor:
+        """A linear with an epilogue, in one launch, and one more for a bias."""
+        assert isinstance(linear, GpuLinear) and linear.weight is not None
+        return self._linear(linear.weight, linear.bias, linear.x_exp, x, tail)
 
     # The parts.
 
@@ -153,14 +230,20 @@ class GpuBackend:
 
     def linear(self, name: str, weight: Weight, bias: torch.Tensor | None) -> Linear:
         x_exp = X_EXP if name.endswith("down_proj") else 0
+        inner = self.config.intermediate_size
+        turns = name.endswith("gate_proj") and weight.q.shape[0] == 2 * inner and inner % epilogue.TURN == 0
+        if turns:
+            weight, bias = weight.rows(epilogue.in_turns), None if bias is None else epilogue.in_turns(bias)
         bias = None if bias is None else bias.to(self.device, self.activations)
-        as_stored = self._as_stored(weight)
-        if as_stored is not None:
-            return self._slabs(functools.partial(self._linear, as_stored, weight.q.shape[0], bias, x_exp))
-        dense = self._dense(weight)
-        if self.activations == torch.float16:
-            dense *= 2.0**x_exp
-        return self._slabs(lambda x: F.linear(x, dense, bias))
+        packed = self._as_stored(weight)
+        if packed is not None:
+            product: Linear = functools.partial(self._linear, packed, bias, x_exp)
+        else:
+            dense = self._dense(weight)
+            if self.activations == torch.float16:
+                dense *= 2.0**x_exp
+            product = functools.partial(F.linear, weight=dense, bias=bias)
+        return GpuLinear(self._slabs(product), packed, bias, x_exp, turns)
 
     def ends(
         self, table: tuple[torch.Tensor, str], head: Weight | None
@@ -169,12 +252,12 @@ class GpuBackend:
         raw, kind = table
         weight = decode(kind, {"": raw.to(self.device)})
         rows = self._dense(weight)
-        as_stored = self._as_stored(head or weight)
-        if as_stored is not None:
-            multiply = functools.partial(self._head, as_stored, (head or weight).q.shape[0])
+        packed = self._as_stored(head or weight)
+        if packed is not None:
+            product = functools.partial(self._head, packed)
         else:
-            multiply = functools.partial(_head, rows if head is None else self._dense(head))
-        slabs = self._slabs(multiply)
+            product = functools.partial(_head, rows if head is None else self._dense(head))
+        slabs = self._slabs(product)
         return lambda tokens: F.embedding(tokens, rows).float(), lambda x: slabs(x.to(self.activations))
 
     def _slabs(self, multiply: Linear) -> Linear:
@@ -188,26 +271,36 @@ class GpuBackend:
         return in_slabs
 
     def _linear(
-        self, multiply: Multiply, n: int, bias: torch.Tensor | None, x_exp: int, x: torch.Tensor
+        self, weight: Packed, bias: torch.Tensor | None, x_exp: int, x: torch.Tensor | Rounded, tail: Epilogue = PLAIN
     ) -> torch.Tensor:
-        out = torch.empty(x.shape[0], n, dtype=x.dtype, device=self.device)
-        multiply(x, out, x_exp)
+        out = torch.empty(tail.out_shape(x.shape[0], weight.n), dtype=self.activations, device=self.device)
+        self._multiply(weight, x, out, x_exp, tail)
         return out if bias is None else out.add_(bias)
 
-    def _head(self, multiply: Multiply, n: int, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(x.shape[0], n, device=self.device)
-        for rows, part in zip(x.split(MOST), out.split(MOST), strict=True):
-            multiply(rows, part, 0)
+    def _head(self, weight: Packed, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(x.shape[0], weight.n, device=self.device)
+        for rows, part in zip(x.split(linear.MOST), out.split(linear.MOST), strict=True):
+            self._multiply(weight, rows, part, 0, PLAIN)
         return out
 
-    def _as_stored(self, weight: Weight) -> Multiply | None:
-        """The kernel that multiplies by the weight without making it dense; None where there is none."""
+    def _multiply(
+        self, weight: Packed, x: torch.Tensor | Rounded, out: torch.Tensor, x_exp: int, tail: Epilogue
+    ) -> None:
+        """out = x @ W^T, of x times 2^-x_exp."""
+        if weight.order is not None:
+            assert isinstance(x, torch.Tensor)
+            x = x[:, weight.order]
+        scratch = self._scratch if x.shape[0] > linear.MOST else out  # out: not looked at
+        linear.multiply(x, weight, out, self.workspace, scratch, x_exp=x_exp, epilogue=tail)
+
+    def _as_stored(self, weight: Weight) -> Packed | None:
+        """For the kernels that multiply by a weight without making it dense; None where there is none."""
         n, k = weight.q.shape
         capability = current_gpu().capability
         eight = linear_w8.takes_eight_bits(weight, capability)
         if weight.d is None or (self.activations == torch.float32 and not eight):
             return None
-        packed: w4_layout.W4 | linear_w8.W8
+        packed: Packed
         on_device = weight.rows(lambda x: x.to(self.device))
         if weight.bits == 4 and weight.group in (32, 64, 128, k) and n % 16 == 0 and k % 64 == 0:
             q, d, m, zero_point = w4_layout.parts(on_device)
@@ -217,19 +310,7 @@ class GpuBackend:
         else:
             return None
         self._largest = max(self._largest, 0 if eight else n * k)
-        order = None if weight.order is None else weight.order.to(self.device)
-        return functools.partial(self._multiply, packed, order)
-
-    def _multiply(
-        self, weight: w4_layout.W4 | linear_w8.W8, order: torch.Tensor | None, x: torch.Tensor, out: torch.Tensor,
-        x_exp: int,
-    ) -> None:  # fmt: skip
-        x = x if order is None else x[:, order]
-        scratch = self._scratch if x.shape[0] > MOST else x  # x: not looked at
-        if isinstance(weight, w4_layout.W4):
-            linear_w4.matmul_w4(x, weight, out, self.workspace, scratch, x_exp=x_exp)
-        else:
-            linear_w8.matmul_w8(x, weight, out, self.workspace, scratch, x_exp=x_exp)
+        return dataclasses.replace(packed, order=None if weight.order is None else weight.order.to(self.device))
 
     @functools.cached_property
     def _scratch(self) -> torch.Tensor:
@@ -246,3 +327,12 @@ def _head(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     return F.linear(x.float(), weight.float())
+
+
+def _fusable(layer: Layer) -> bool:
+    """Whether all its matmuls can have epilogues; behind an addition there is no place for a bias."""
+    linears = (layer.qkv, layer.output, layer.gate_up, layer.down)
+    return all(
+        isinstance(linear, GpuLinear) and linear.fusable is not None and (linear is layer.qkv or linear.bias is None)
+        for linear in linears
+    )

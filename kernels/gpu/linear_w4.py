@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 
 from kernels.gpu import split_k
-from kernels.gpu.split_k import Tile, Workspace, bucket
-from kernels.gpu.tiles import Gpu, current_gpu, tuned
+from kernels.gpu.epilogue import PLAIN, Epilogue
+from kernels.gpu.split_k import Tile, Workspace
+from kernels.gpu.tiles import Gpu, bucket, current_gpu, tuned
 from kernels.gpu.w4_layout import W4
 
 CROSSOVER = (
@@ -122,8 +123,10 @@ def w4a16_kernel(
     X, words, pairs, Y, partials, counters, M, N, K, split, alpha, s_x, s_words, s_pairs, s_y,
     GROUP: tl.constexpr, ZERO_POINT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, KW: tl.constexpr, X_EXP: tl.constexpr,
+    now=None, before=None, residual=None, norm_weight=None, s_residual=0, eps=0.0, out_scale=1.0,
+    H: tl.constexpr = 0, SILU: tl.constexpr = False,
 ):  # fmt: skip
-    """Grid (N / BN, M / BM, split). X fp16, or bf16, which becomes fp16(x * 2^-X_EXP) here."""
+    """Grid (N / BN, M / BM, split). X fp16, or bf16, which becomes fp16(x * 2^-X_EXP) here. now ...: epilogue.py."""
     pn = tl.program_id(0)
     pm = tl.program_id(1)
     rm = pm * BM + tl.arange(0, BM)
@@ -141,9 +144,10 @@ def w4a16_kernel(
         if X.dtype.element_ty == tl.bfloat16:  # costs the overlap of dequantisation and dot: let x be written as fp16
             x = (x.to(tl.float32) * (0.5**X_EXP)).to(tl.float16)
         acc = tl.dot(w, x, acc)
-    out = Y + rm[None, :] * s_y + rn[:, None]
-    inside = (rn < N)[:, None] & in_m[None, :]
-    split_k.store(acc, alpha, out, inside, partials, counters, split, BM, BN, SPLIT)
+    split_k.store(
+        acc, alpha, Y, rn, rm, M, N, s_y, partials, counters, split,
+        now, before, residual, norm_weight, s_residual, eps, out_scale, BM, BN, SPLIT, H, SILU,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -190,7 +194,7 @@ def config(m: int, n: int, k: int, group: int, x_dtype: torch.dtype, gpu: Gpu) -
         block_k = 64
     tile = Tile(block_m, block_n, block_k, 1, warps, stages)
     tile = split_k.fit(tile, m, n, k, gpu, lambda tile: shared_memory(tile, group))
-    return tuned(gpu, "w4a16", case_name(m, n, k, group, x_dtype), tile)
+    return split_k.limited(tuned(gpu, "w4a16", case_name(m, n, k, group, x_dtype), tile), m, n, k, gpu)
 
 
 def case_name(m: int, n: int, k: int, group: int, x_dtype: torch.dtype) -> str:
@@ -199,16 +203,17 @@ def case_name(m: int, n: int, k: int, group: int, x_dtype: torch.dtype) -> str:
 
 
 def w4a16(
-    x: torch.Tensor, weight: W4, out: torch.Tensor, workspace: Workspace, *, x_exp: int = 0, tile: Tile | None = None
-) -> None:
-    """out [M, N] = x [M, K] @ weight^T * 2^x_exp, in one launch.
+    x: torch.Tensor, weight: W4, out: torch.Tensor, workspace: Workspace, *, x_exp: int = 0, tile: Tile | None = None,
+    epilogue: Epilogue = PLAIN,
+) -> None:  # fmt: skip
+    """out [M, N] = x [M, K] @ weight^T * 2^x_exp, and what the epilogue makes of it, in one launch.
 
     x fp16 (the fast path; the kernel that made it wrote x * 2^-x_exp) or bf16 (scaled by 2^-x_exp here, so that fp16
     holds it), rows contiguous. out fp16, bf16 or float32. tile: instead of `config`'s, e.g. the same one whatever M is
     for batch invariance.
     """
     m, k = x.shape
-    assert k == weight.k and out.shape == (m, weight.n), (x.shape, weight.n, weight.k, out.shape)
+    assert k == weight.k and out.shape == epilogue.out_shape(m, weight.n), (x.shape, weight.n, weight.k, out.shape)
     assert x.dtype in (torch.float16, torch.bfloat16) and x.stride(1) == 1 and out.stride(1) == 1
     tile = tile or config(m, weight.n, k, weight.group, x.dtype, current_gpu())
     assert tile is not None, f"M = {m} is above the cross-over: dequantise and use torch.mm"
@@ -217,10 +222,10 @@ def w4a16(
     bf16 = x.dtype == torch.bfloat16
     w4a16_kernel[grid](
         x, weight.words, weight.pairs, out, workspace.partials, workspace.counters,
-        m, weight.n, k, tile.split, weight.alpha * 2.0**x_exp,
+        m, weight.n, k, tile.split, weight.alpha * 2.0**x_exp * epilogue.factor,
         x.stride(0), weight.words.stride(0), weight.pairs.stride(0), out.stride(0),
         weight.group, weight.zero_point, tile.block_m, tile.block_n, tile.block_k, tile.split > 1, weight.kw,
-        x_exp if bf16 else 0, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        x_exp if bf16 else 0, **epilogue.arguments(tile.block_n), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 
@@ -233,20 +238,6 @@ def dequant_w4(weight: W4, out: torch.Tensor, *, x_exp: int = 0) -> None:
         weight.words.stride(0), weight.pairs.stride(0), out.stride(0),
         weight.group, weight.zero_point, block_n, block_k, weight.kw, num_warps=4,
     )  # fmt: skip
-
-
-def matmul_w4(
-    x: torch.Tensor, weight: W4, out: torch.Tensor, workspace: Workspace, scratch: torch.Tensor, *, x_exp: int = 0
-) -> None:
-    """w4a16 at any M: above the cross-over the weight is dequantised into scratch (at least N * K elements of x's
-    dtype) for torch.mm, and out must have x's dtype."""
-    if config(x.shape[0], weight.n, weight.k, weight.group, x.dtype, current_gpu()) is not None:
-        w4a16(x, weight, out, workspace, x_exp=x_exp)
-        return
-    assert scratch.dtype == x.dtype == out.dtype, (scratch.dtype, x.dtype, out.dtype)
-    dense = scratch.view(-1)[: weight.n * weight.k].view(weight.n, weight.k)
-    dequant_w4(weight, dense, x_exp=x_exp if x.dtype == torch.float16 else 0)
-    torch.mm(x, dense.t(), out=out)
 
 
 def bytes_and_flops(m: int, n: int, k: int, group: int, out_bytes: int = 2) -> tuple[int, int]:

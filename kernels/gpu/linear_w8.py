@@ -30,9 +30,10 @@ import triton.language as tl
 
 from kernels.formats import Weight
 from kernels.gpu import split_k
-from kernels.gpu.fused import quantise_rows
-from kernels.gpu.split_k import Tile, Workspace, bucket
-from kernels.gpu.tiles import Gpu, current_gpu, tuned
+from kernels.gpu.epilogue import PLAIN, Epilogue
+from kernels.gpu.fused import Rounded, quantise_rows
+from kernels.gpu.split_k import Tile, Workspace
+from kernels.gpu.tiles import Gpu, bucket, current_gpu, tuned
 
 CROSSOVER = 800  # rows above which w8a16 dequantises once and calls torch.mm, and
 LIBRARY = 512  # rows above which w8a8 is torch's; neither is measured yet
@@ -46,6 +47,7 @@ class W8:
 
     q int8 or fp8 [n, k]; d float32 [n, k / group]; m the same or None. per_row: group is k and m None: d is a factor of
     the sums. as_bits: q is int8 that holds fp8, for GPUs without it (d is then 2^8 larger). eight_bit_input: w8a8.
+    order: of the columns, as in W4.
     """
 
     q: torch.Tensor
@@ -55,6 +57,7 @@ class W8:
     group: int
     as_bits: bool = False
     eight_bit_input: bool = False
+    order: torch.Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -67,6 +70,10 @@ class W8:
     @property
     def per_row(self) -> bool:
         return self.group == self.k and self.m is None
+
+    @property
+    def name(self) -> str:
+        return f"{'fp8' if self.as_bits else str(self.q.dtype).removeprefix('torch.')} g{self.group}"
 
     @property
     def bytes(self) -> int:
@@ -133,10 +140,12 @@ def w8_kernel(
     X, x_scales, W, D, MIN, Y, partials, counters, M, N, K, split, alpha, s_x, s_w, s_d, s_y,
     GROUP: tl.constexpr, PER_ROW: tl.constexpr, HAS_MIN: tl.constexpr, AS_BITS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, X_EXP: tl.constexpr,
+    now=None, before=None, residual=None, norm_weight=None, s_residual=0, eps=0.0, out_scale=1.0,
+    H: tl.constexpr = 0, SILU: tl.constexpr = False,
 ):  # fmt: skip
     """Grid (N / BN, M / BM, split). X fp16 or bf16 (with groups it becomes fp16(x * 2^-X_EXP) here), int8 or fp8; only
-    those read x_scales. partials: of the sums' type."""
-    rm = tl.program_id(1) * BM + tl.arange(0, BM)
+    those read x_scales. partials: of the sums' type. now ...: epilogue.py."""
+    rm = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)  # w8a8 may have any number of rows
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     rk = tl.arange(0, BK)
     rows = tl.minimum(rn, N - 1)  # N need not be a multiple of BN
@@ -161,9 +170,10 @@ def w8_kernel(
         scale = (tl.load(D + rows * s_d) * alpha)[:, None]
     if EIGHT:
         scale = scale * tl.load(x_scales + rm, mask=in_m, other=0.0)[None, :]
-    out = Y + rm[None, :] * s_y + rn[:, None]
-    inside = (rn < N)[:, None] & in_m[None, :]
-    split_k.store(acc, scale, out, inside, partials, counters, split, BM, BN, SPLIT)
+    split_k.store(
+        acc, scale, Y, rn, rm, M, N, s_y, partials, counters, split,
+        now, before, residual, norm_weight, s_residual, eps, out_scale, BM, BN, SPLIT, H, SILU,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -209,7 +219,8 @@ def config(m: int, n: int, k: int, group: int, x_dtype: torch.dtype, gpu: Gpu) -
     block_k = next(b for b in _block_ks(k, group) if b <= wanted.block_k)
     wanted = dataclasses.replace(wanted, block_k=block_k)
     tile = split_k.fit(wanted, m, n, k, gpu, lambda tile: shared_memory(tile, group, x_dtype))
-    return tuned(gpu, "w8a8" if eight else "w8a16", case_name(m, n, k, group, x_dtype), tile)
+    tile = tuned(gpu, "w8a8" if eight else "w8a16", case_name(m, n, k, group, x_dtype), tile)
+    return split_k.limited(tile, m, n, k, gpu)
 
 
 def case_name(m: int, n: int, k: int, group: int, x_dtype: torch.dtype) -> str:
@@ -219,28 +230,30 @@ def case_name(m: int, n: int, k: int, group: int, x_dtype: torch.dtype) -> str:
 
 def _launch(
     x: torch.Tensor, x_scales: torch.Tensor | None, weight: W8, out: torch.Tensor, workspace: Workspace, x_exp: int,
-    tile: Tile,
+    tile: Tile, epilogue: Epilogue,
 ) -> None:  # fmt: skip
     m, k = x.shape
-    assert k == weight.k and out.shape == (m, weight.n), (x.shape, weight.q.shape, out.shape)
+    assert k == weight.k and out.shape == epilogue.out_shape(m, weight.n), (x.shape, weight.q.shape, out.shape)
     assert x.stride(1) == out.stride(1) == 1 and k % tile.block_k == 0, (k, tile)
     scaled_here = x.dtype == torch.bfloat16 and not weight.per_row
     out_exp = 0 if x.dtype == torch.bfloat16 and not scaled_here else x_exp
     sums = workspace.partials.view(torch.int32) if x.dtype == torch.int8 else workspace.partials
     w8_kernel[split_k.grid_of(tile, m, weight.n, workspace)](
         x, weight.d if x_scales is None else x_scales, weight.q, weight.d, weight.d if weight.m is None else weight.m,
-        out, sums, workspace.counters, m, weight.n, k, tile.split, weight.alpha * 2.0**out_exp,
+        out, sums, workspace.counters, m, weight.n, k, tile.split, weight.alpha * 2.0**out_exp * epilogue.factor,
         x.stride(0), weight.q.stride(0), weight.d.stride(0), out.stride(0),
         weight.group, weight.per_row, weight.m is not None, weight.as_bits,
         tile.block_m, tile.block_n, tile.block_k, tile.split > 1, x_exp if scaled_here else 0,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **epilogue.arguments(tile.block_n), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 
 def w8a16(
-    x: torch.Tensor, weight: W8, out: torch.Tensor, workspace: Workspace, *, x_exp: int = 0, tile: Tile | None = None
-) -> None:
-    """out [M, N] = x [M, K] @ weight^T, in one launch: fp16 x holds the true x times 2^-x_exp, out the true product.
+    x: torch.Tensor, weight: W8, out: torch.Tensor, workspace: Workspace, *, x_exp: int = 0, tile: Tile | None = None,
+    epilogue: Epilogue = PLAIN,
+) -> None:  # fmt: skip
+    """out [M, N] = x [M, K] @ weight^T, and what the epilogue makes of it, in one launch: fp16 x holds the true x times
+    2^-x_exp, out the true product.
 
     x fp16 or bf16 (which is brought into fp16's range with x_exp where the weight has groups), rows contiguous; out
     fp16, bf16 or float32. tile: instead of `config`'s.
@@ -248,7 +261,7 @@ def w8a16(
     assert x.dtype in (torch.float16, torch.bfloat16), x.dtype
     tile = tile or config(x.shape[0], weight.n, weight.k, weight.group, x.dtype, current_gpu())
     assert tile is not None, f"M = {x.shape[0]} is above the cross-over: dequantise and use torch.mm"
-    _launch(x, None, weight, out, workspace, x_exp, tile)
+    _launch(x, None, weight, out, workspace, x_exp, tile, epilogue)
 
 
 def dequant_w8(weight: W8, out: torch.Tensor, *, x_exp: int = 0) -> None:
@@ -262,37 +275,24 @@ def dequant_w8(weight: W8, out: torch.Tensor, *, x_exp: int = 0) -> None:
     )  # fmt: skip
 
 
-def matmul_w8(
-    x: torch.Tensor, weight: W8, out: torch.Tensor, workspace: Workspace, scratch: torch.Tensor, *, x_exp: int = 0
-) -> None:
-    """w8a8 where the weight is made for it, else w8a16 at any M: above the cross-over the weight is dequantised into
-    scratch (at least N * K elements of x's dtype) for torch.mm, and out must have x's dtype."""
-    if weight.eight_bit_input:
-        w8a8(x, weight, out, workspace, x_exp=x_exp)
-        return
-    if config(x.shape[0], weight.n, weight.k, weight.group, x.dtype, current_gpu()) is not None:
-        w8a16(x, weight, out, workspace, x_exp=x_exp)
-        return
-    assert scratch.dtype == x.dtype == out.dtype, (scratch.dtype, x.dtype, out.dtype)
-    dense = scratch.view(-1)[: weight.n * weight.k].view(weight.n, weight.k)
-    dequant_w8(weight, dense, x_exp=x_exp if x.dtype == torch.float16 else 0)
-    torch.mm(x, dense.t(), out=out)
-
-
 def w8a8(
-    x: torch.Tensor, weight: W8, out: torch.Tensor, workspace: Workspace, *, x_exp: int = 0, tile: Tile | None = None
-) -> None:
-    """out [M, N] = x [M, K] @ weight^T with x rounded to the weight's type, a row at a time: two launches.
+    x: torch.Tensor | Rounded, weight: W8, out: torch.Tensor, workspace: Workspace, *, x_exp: int = 0,
+    tile: Tile | None = None,
+) -> None:  # fmt: skip
+    """out [M, N] = x [M, K] @ weight^T with x rounded to the weight's type, a row at a time: one launch, and one more
+    for what is not rounded yet.
 
-    x fp16 (the true x times 2^-x_exp), bf16 or float32; out any float. weight: per_row. Many rows go through torch's
-    own products where their sizes suit them.
+    x Rounded; or fp16 (the true x times 2^-x_exp), bf16 or float32; out any float. weight: per_row. Many rows go
+    through torch's own products where their sizes suit them.
     """
     assert weight.per_row and not weight.as_bits, "w8a8 wants a scale for each row of the weight"
     m, n, k = x.shape[0], weight.n, weight.k
-    quantised = torch.empty(m, k, dtype=weight.q.dtype, device=x.device)
-    scales = torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    quantise_rows(x, quantised, scales)
-    factor = 2.0**x_exp if x.dtype == torch.float16 else 1.0
+    if isinstance(x, Rounded) or x.dtype != torch.float16:
+        x_exp = 0
+    if not isinstance(x, Rounded):
+        given, x = x, Rounded.empty(m, k, weight.q.dtype, x.device)
+        quantise_rows(given, x.q, x.scales)
+    quantised, scales, factor = x.q, x.scales, 2.0**x_exp
     found = tile or config(m, n, k, k, quantised.dtype, current_gpu())
     if found is None and quantised.dtype == torch.int8 and n % 8 == k % 8 == 0:
         sums = torch._int_mm(quantised, weight.q.t())
@@ -304,7 +304,7 @@ def w8a8(
         found = found or config(LIBRARY, n, k, k, quantised.dtype, current_gpu())
         assert found is not None
         unsplit = dataclasses.replace(found, split=1) if m > LIBRARY else found
-        _launch(quantised, scales, weight, out, workspace, x_exp if x.dtype == torch.float16 else 0, unsplit)
+        _launch(quantised, scales, weight, out, workspace, x_exp, unsplit, PLAIN)
 
 
 def bytes_and_flops(m: int, weight: W8, x_bytes: int = 2, out_bytes: int = 2) -> tuple[int, int]:

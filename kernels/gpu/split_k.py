@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.tiles import Gpu
+from kernels.gpu.epilogue import finish
+from kernels.gpu.tiles import BUCKETS, Gpu, bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +41,6 @@ class Workspace:
         self.counters = torch.zeros(2 * gpu.multiprocessors, dtype=torch.int32, device=device)
 
 
-def bucket(m: int) -> int:
-    """The row counts that share a tile: 16, 32, 64, 128, 256 and everything above."""
-    return next((b for b in (16, 32, 64, 128) if m <= b), 256)
-
-
 def fit(tile: Tile, m: int, n: int, k: int, gpu: Gpu, shared_memory: Callable[[Tile], int]) -> Tile:
     """The tile split along K so that the card is filled, with as many stages as its shared memory holds."""
     tiles = -(-max(m, bucket(m)) // tile.block_m) * -(-n // tile.block_n)
@@ -56,6 +52,14 @@ def fit(tile: Tile, m: int, n: int, k: int, gpu: Gpu, shared_memory: Callable[[T
     while shared_memory(tile) > gpu.shared_memory - 2048:
         tile = dataclasses.replace(tile, num_stages=tile.num_stages - 1)
     return tile
+
+
+def limited(tile: Tile, m: int, n: int, k: int, gpu: Gpu) -> Tile:
+    """A measured tile, in the last bucket split no further than `fit` would: it was measured at one of many m there,
+    and with more tiles the workspace would not suffice."""
+    if bucket(m) < BUCKETS[-1]:
+        return tile
+    return dataclasses.replace(tile, split=min(tile.split, fit(tile, m, n, k, gpu, lambda _: 0).split))
 
 
 def grid_of(tile: Tile, m: int, n: int, workspace: Workspace) -> tuple[int, int, int]:
@@ -82,10 +86,12 @@ def share_of_k(K, split, BK: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def store(
-    acc, scale, out, inside, partials, counters, split,
-    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+    acc, scale, Y, rn, rm, M, N, s_y, partials, counters, split,
+    now, before, residual, norm_weight, s_residual, eps, out_scale,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, H: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """out [BN, BM] (pointers) = acc * scale, summed over the programs that share the tile if SPLIT."""
+    """Y [M, N] at rows rm, columns rn = acc [BN, BM] * scale, summed over the programs that share the tile if SPLIT,
+    and what comes behind it (epilogue.py)."""
     if SPLIT:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         offsets = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
@@ -96,7 +102,13 @@ def store(
             acc = tl.zeros([BN, BM], acc.dtype)
             for i in range(split):
                 acc += tl.load(parts + i * (BN * BM), cache_modifier=".cg")
-            tl.store(out, (acc.to(tl.float32) * scale).to(out.dtype.element_ty), mask=inside)
+            finish(
+                acc, scale, Y, rn, rm, M, N, s_y, now, before, residual, norm_weight, s_residual, eps, out_scale,
+                BM, BN, H, SILU,
+            )  # fmt: skip
             tl.store(counters + tile, 0)  # for the next launch or graph replay
     else:
-        tl.store(out, (acc.to(tl.float32) * scale).to(out.dtype.element_ty), mask=inside)
+        finish(
+            acc, scale, Y, rn, rm, M, N, s_y, now, before, residual, norm_weight, s_residual, eps, out_scale,
+            BM, BN, H, SILU,
+        )  # fmt: skip

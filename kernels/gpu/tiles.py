@@ -53,6 +53,14 @@ def current_gpu() -> Gpu:
     return Gpu(name, capability, properties["multiprocessor_count"], properties["max_shared_mem"])
 
 
+BUCKETS = (16, 32, 64, 128, 256)
+
+
+def bucket(m: int) -> int:
+    """The row counts that share a tile: up to 16, 32, 64, 128, and everything above."""
+    return next((b for b in BUCKETS if m <= b), BUCKETS[-1])
+
+
 def tuned(gpu: Gpu, kernel: str, case: str, default: Tile) -> Tile:
     """`default` (a dataclass of tile sizes) with the fields replaced that were measured to be better for this case."""
     entry = _measured(gpu.name).get(kernel, {}).get(case)

@@ -38,7 +38,7 @@ SHIFTS = {(0, 0): 6, (0, 1): 22, (1, 0): 2, (1, 1): 18}  # (n / 8 % 2, k % 2) ->
 @dataclasses.dataclass(frozen=True)
 class W4:
     """A packed weight [n, k]. bytes: words and pairs as they lie on the device; alpha = 2^e; kw: which lane order (see
-    above)."""
+    above); order: of the columns, which whoever multiplies brings x into."""
 
     words: torch.Tensor
     pairs: torch.Tensor
@@ -48,6 +48,11 @@ class W4:
     group: int
     zero_point: bool
     kw: int
+    order: torch.Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return f"w4 g{self.group}{' zero' if self.zero_point else ''}"
 
     @property
     def bytes(self) -> int:

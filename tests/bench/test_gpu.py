@@ -28,13 +28,13 @@ def test_dry_run_goes_to_its_end(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     kept = load(tmp_path / "gpu.json", "gpu").data
-    assert kept["dry"] and set(kept["sections"]) >= {"ceilings", "time w4", "step", "end to end", "transformers"}
+    assert kept["dry"] and set(kept["sections"]) >= {"ceilings", "time w4", "step", "end to end tiny", "transformers"}
     unfinished = {name: section for name, section in kept["sections"].items() if not section["complete"]}
     assert not unfinished
     checked = [row for name, section in kept["sections"].items() if name.startswith("check") for row in section["rows"]]
     assert {row["kernel"] for row in checked} == {
         "w4a16", "dequant_w4", "w8a16", "w8a8", "dequant_w8", "quantise_rows", "decode", "prefill", "add_rmsnorm",
-        "silu_mul", "rope_and_cache_write", "sample", "logprobs",
+        "silu_mul", "rope_and_cache_write", "sample", "logprobs", "layer",
     }  # fmt: skip
     assert all(row["error"] <= row["allowed"] for row in checked)
     assert all(row["equal"] for row in kept["sections"]["graph equals eager"]["rows"])
@@ -46,6 +46,7 @@ def test_dry_run_goes_to_its_end(tmp_path: Path) -> None:
     assert all(0 < row["usd_per_million"]["busy"] <= row["usd_per_million"]["wall"] for row in sweep["rows"])
     assert "below Yi-Lightning's US$0.14 a million from" in result.stdout
     assert "DRY RUN" in result.stdout and "the step" in result.stdout
+    assert "six launches a layer" in result.stdout and "gate_up + norm + silu" in result.stdout
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,7 @@ def test_the_command_keeps_json_csv_and_plots(tmp_path: Path, monkeypatch: pytes
         (["step", "--model", "gpt-2"], "known are smollm2-135m"),
         (["step", "--weights", "W4 g128"], "runs on a GPU"),
         (["tune"], "finds none here"),
+        (["step", "--fused"], "finds none here"),
     ],
 )
 def test_refusals(arguments: list[str], sentence: str) -> None:
@@ -144,6 +146,26 @@ def test_refusals(arguments: list[str], sentence: str) -> None:
         pytest.skip("a machine with a GPU refuses less")
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert result.exit_code == 1 and sentence in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton runs on Linux")
+def test_six_launches_or_nine() -> None:
+    """The launches of a step as they are measured, and that what is fused moves no more than it has to."""
+    code = (
+        "import torch; from bench import kernel_cases as k, step; from bench.operations import Place;"
+        "args = k.TINY, 2, 40, 'Q4_1', Place(torch.device('cpu'), 0);"
+        "print(*('|'.join(f'{x.name} {x.count} {x.operation.bytes}' for x in step.gpu_launches(*args, fused=f)) "
+        "for f in (False, True)), sep='\\n')"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr
+    plain, fused = ([line.rsplit(" ", 2) for line in text.split("|")] for text in result.stdout.strip().split("\n"))
+    assert [len([name for name, count, _ in rows if count == "2"]) for rows in (plain, fused)] == [9, 6]
+    assert [name for name, _, _ in fused[:6]] == [
+        "qkv + norm", "rope, cache write", "attention", "o + addition", "gate_up + norm + silu", "down + addition",
+    ]  # fmt: skip
+    assert sum(int(moved) for _, _, moved in fused) < sum(int(moved) for _, _, moved in plain)
 
 
 def test_a_steps_column_adds_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -186,21 +208,25 @@ def test_tuning_descends_to_the_fastest_that_works() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton runs on Linux")
 def test_tuned_tiles_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels.gpu import attention, linear_w4, linear_w8, tiles
+    from kernels.gpu import attention, epilogue, linear_w4, linear_w8, tiles
 
     monkeypatch.setattr(tiles, "TUNED", tmp_path)
     chosen = [kernel_cases.decode(kernel_cases.YI_6B, (8192,)), kernel_cases.linear(TINY, "qkv", 16, "Q4_1")]
-    chosen += kernel_cases.eight_bit(TINY, "qkv", (16,), ("int8 row",))
+    chosen += [*kernel_cases.eight_bit(TINY, "qkv", (16,), ("int8 row",)), Case("layer", TINY, 16, "Q4_1")]
     entries: dict[str, dict[str, object]] = {}
     for case, name, tile in tune.named(chosen, tiles.H100):
-        better = dataclasses.asdict(dataclasses.replace(tile, num_stages=7))
+        better = {"silu": True, "norm": True} if case.kernel == "layer" else {"num_stages": 7}
+        better = dataclasses.asdict(dataclasses.replace(tile, **better))
         entries.setdefault(case.kernel, {})[name] = {"tile": better, "us": 1.0}
     tiles.tuned_path(tiles.H100.name).write_text(json.dumps(entries))
     for cache in (tiles._measured, linear_w4.config, linear_w8.config):
         cache.cache_clear()
     try:
         found = [tile for _, _, tile in tune.named(chosen, tiles.H100)]
-        assert [tile.num_stages for tile in found] == [7] * 4
+        assert [tile.num_stages for tile in found[:-1]] == [7] * 4
+        assert found[-1] == epilogue.Fusions(silu=True, norm=True)
+        assert not epilogue.config(16, 256, 192, "w4 g128", tiles.H100).silu, "of other weights nothing is known"
+        assert not epilogue.config(65, 256, 192, "w4 g32", tiles.H100).silu
         assert attention.decode_config(32, 4, 128, 16, torch.bfloat16, tiles.H100).num_stages != 7
     finally:
         for cache in (tiles._measured, linear_w4.config, linear_w8.config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import time
 import torch
 
 from bench.ceilings import matmul_rate, read_bandwidth
-from bench.machine import Disturbance, commit, cpu_name, versions
+from bench.machine import Disturbance, _hash_of_files, commit, cpu_name, versions
 
 
 def test_device_versions_and_commit() -> None:
@@ -20,7 +21,8 @@ def test_device_versions_and_commit() -> None:
     if head.returncode == 0:
         assert head.stdout.startswith(commit().removesuffix("-dirty"))
     else:
-        assert commit() == "unknown"
+        assert commit().startswith("files-")
+    assert re.fullmatch("[0-9a-f]{12}", _hash_of_files())
 
 
 def test_others_are_seen_and_oneself_is_not() -> None:

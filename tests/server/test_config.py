@@ -82,6 +82,7 @@ def test_a_price_is_a_number_or_a_name(serve: Any) -> None:
 def test_every_option_has_a_variable(serve: Any) -> None:
     samples = {
         "load_format": "dummy",
+        "fusions": "all",
         "kv_cache_dtype": "int8",
         "device": "cpu",
         "dtype": "float32",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.kernels.support import fake_driver
 from tests.kernels.support.codegen import MachineCode, compile_only
 
 GPUS = (80, 89, 90)
+NOT_ROUNDED = dict(scales=None, QMAX=0.0)
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, warps: int) -> MachineCode:
@@ -30,19 +32,39 @@ def only_wide(code: MachineCode, opcode: str) -> bool:
 
 
 @pytest.mark.parametrize("capability", GPUS)
-@pytest.mark.parametrize(("h", "warps"), ((576, 2), (4096, 8)))
-def test_add_rmsnorm(capability: int, h: int, warps: int) -> None:
+@pytest.mark.parametrize(("h", "warps", "squares"), ((576, 2, False), (4096, 8, False), (4096, 8, True)))
+def test_add_rmsnorm(capability: int, h: int, warps: int, squares: bool) -> None:
     types = dict(X="*fp16", residual="*bf16", weight="*bf16", out="*fp16", eps="fp32", out_scale="fp32")
-    constants = dict(H=h, BLOCK=1 << (h - 1).bit_length(), ADD=True)
+    types |= dict(squares="*fp32", same_squares="*fp32") if squares else {}
+    constants = dict(H=h, BLOCK=1 << (h - 1).bit_length(), ADD=True, SLOTS=h // 64) | NOT_ROUNDED
+    constants |= {} if squares else dict.fromkeys(("squares", "same_squares"))
     code = compiled(fused.add_rmsnorm_kernel, types, constants, capability, warps)
-    assert only_wide(code, "LDG") and only_wide(code, "STG") and code.registers <= 128
+    assert only_wide(code, "LDG") and (squares or only_wide(code, "STG")) and code.registers <= 128
 
 
+@pytest.mark.parametrize("turn", (8, 14336))
 @pytest.mark.parametrize("capability", GPUS)
-def test_silu_mul(capability: int) -> None:
+def test_silu_mul(capability: int, turn: int) -> None:
     types = dict(gate_up="*bf16", out="*fp16", out_scale="fp32")
-    code = compiled(fused.silu_mul_kernel, types, dict(INNER=14336, BLOCK=1024), capability, 4)
+    code = compiled(fused.silu_mul_kernel, types, dict(INNER=14336, BLOCK=1024, TURN=turn) | NOT_ROUNDED, capability, 4)
     assert only_wide(code, "LDG") and only_wide(code, "STG") and code.registers <= 64
+
+
+@pytest.mark.parametrize(
+    ("capability", "out", "qmax"), ((80, "i8", 127.0), (89, "fp8e4nv", 448.0), (90, "fp8e4nv", 448.0))
+)
+def test_rows_in_eight_bits(capability: int, out: str, qmax: float) -> None:
+    """As wide as before; a row of 14336 is one program's."""
+    types = dict(
+        X="*fp16", residual="*fp32", weight="*fp32", out=f"*{out}", eps="fp32", out_scale="fp32", scales="*fp32"
+    )
+    constants = dict(H=4096, BLOCK=4096, ADD=True, SLOTS=1, squares=None, same_squares=None, QMAX=qmax)
+    code = compiled(fused.add_rmsnorm_kernel, types, constants, capability, 8)
+    assert only_wide(code, "LDG") and code.registers <= 128
+    types = dict(gate_up="*fp16", out=f"*{out}", out_scale="fp32", scales="*fp32")
+    constants = dict(INNER=14336, BLOCK=16384, TURN=8, QMAX=qmax)
+    code = compiled(fused.silu_mul_kernel, types, constants, capability, 16)
+    assert only_wide(code, "LDG") and code.registers <= 128
 
 
 @pytest.mark.parametrize(
@@ -88,3 +110,24 @@ def test_one_launch_each_and_no_recompilation() -> None:
         fused.rope_and_cache_write(torch.zeros(m, 15 * 64).bfloat16(), indices, indices, table, cache, 9)
         assert dict(driver.launches) == dict.fromkeys(("add_rmsnorm_kernel", "silu_mul_kernel", "rope_kernel"), calls)
     assert [fake_driver.variants(k) for k in kernels] == [n + 1 for n in before]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), ((32, 32, 96), (24, 8, 96), (5, 5, 80), (9, 3, 64), (4, 1, 192)))
+def test_heads_of_any_size_are_launched(heads: int, kv_heads: int, d: int) -> None:
+    """A number of warps that is no power of two is refused by the compiler, but not by the interpreter."""
+    driver = fake_driver.install(90)
+    fused.rope_kernel.device_caches.clear()
+    cache = kv_cache.allocate(4, kv_heads, 64, d, torch.float16)
+    indices = torch.zeros(2, dtype=torch.int32)
+    qkv = torch.zeros(2, (heads + 2 * kv_heads) * d).half()
+    fused.rope_and_cache_write(qkv, indices, indices, torch.zeros(100, d // 2, 2), cache, heads)
+    assert dict(driver.launches) == {"rope_kernel": 1}
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_saturation_keeps_what_is_not_a_number(capability: int) -> None:
+    """A NaN that became 65504 would be a wrong answer instead of a failed request."""
+    types = dict(gate_up="*fp16", out="*fp16", out_scale="fp32", s_in="i32", s_out="i32")
+    constants = dict(INNER=1024, BLOCK=1024, TURN=8) | NOT_ROUNDED
+    ptx = compile_only(fused.silu_mul_kernel, types, constants, capability, num_warps=4, num_stages=3).asm["ptx"]
+    assert re.search(r"min\.NaN", ptx) and not re.search(r"\b(min|max)\.(xorsign|f32)", ptx)

@@ -10,9 +10,9 @@ import torch
 
 from kernels.gpu import linear_w4, w4_layout
 from kernels.gpu.linear_w4 import Tile
-from kernels.gpu.tiles import A100, H100, L40S, Gpu
+from kernels.gpu.tiles import A100, H100, L40S, Gpu, bucket
 from tests.kernels.support import fake_driver
-from tests.kernels.support.codegen import MachineCode, compile_only
+from tests.kernels.support.codegen import MachineCode, compile_only, tail_constants, tail_types
 
 LAYERS = (
     (960, 576),
@@ -51,7 +51,7 @@ def test_config_covers_every_product(gpu: Gpu) -> None:
             assert tiles * tile.split * tile.block_m * tile.block_n <= workspace.partials.numel()
         elif m <= 64 and steps > 1:
             assert tiles >= 2 * gpu.multiprocessors, "the card is not filled"
-        same = linear_w4.config(max(1, linear_w4.bucket(m) // 2 + 1), n, k, g, torch.float16, gpu)
+        same = linear_w4.config(max(1, bucket(m) // 2 + 1), n, k, g, torch.float16, gpu)
         assert m > 128 or tile == same, "one tile for all rows of a bucket"
 
 
@@ -63,10 +63,12 @@ def test_bytes_and_flops() -> None:
     assert moved == weight.bytes + 2 * 16 * (n + k) and flops == 2 * 16 * n * k
 
 
-def compiled(tile: Tile, gpu: Gpu, group: int, zero_point: bool = False, x: str = "fp16") -> tuple[MachineCode, str]:
+def compiled(
+    tile: Tile, gpu: Gpu, group: int, zero_point: bool = False, x: str = "fp16", tail: str = "", hidden: int = 0
+) -> tuple[MachineCode, str]:
     types = dict(X=f"*{x}", words="*u32", pairs="*u32", Y="*bf16", partials="*fp32", counters="*i32", alpha="fp32")
-    types |= dict.fromkeys(INTEGERS, "i32")
-    constants = dict(
+    types |= dict.fromkeys(INTEGERS, "i32") | tail_types(tail)
+    constants = tail_constants(tail, hidden) | dict(
         GROUP=group,
         ZERO_POINT=zero_point,
         BM=tile.block_m,
@@ -83,7 +85,7 @@ def compiled(tile: Tile, gpu: Gpu, group: int, zero_point: bool = False, x: str 
         gpu.capability,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        divisible_by_16=ALIGNED,
+        divisible_by_16=(*ALIGNED, "s_residual"),
     )
     return MachineCode(kernel), kernel.asm["ttgir"]
 
@@ -133,6 +135,43 @@ def test_machine_code(
         assert gpu is not H100 or re.search(r"warp_group_dot_wait .*pendings = [1-9]", ttgir)
     programs = 65536 // (code.registers * tile.num_warps * 32)  # of one multiprocessor's register file
     assert programs >= (2 if m <= 64 else 1)
+
+
+# What the epilogues cost in registers. Beside Llama-3-8B's layers, one of Yi-34B and SmolLM2's.
+TAILS = (
+    (H100, 16, (4096, 4096), "norm add", 96),
+    (H100, 16, (28672, 4096), "norm silu", 96),
+    (H100, 16, (6144, 4096), "norm", 152),
+    (H100, 16, (576, 1536), "norm add", 65),
+    (H100, 64, (4096, 14336), "norm add", 255),
+    (H100, 64, (28672, 4096), "norm silu", 255),
+    (H100, 64, (7168, 20480), "norm add", 255),
+    (A100, 16, (4096, 4096), "norm add", 146),
+    (A100, 64, (28672, 4096), "norm silu", 200),
+    (A100, 64, (576, 1536), "norm add", 244),
+    (L40S, 32, (4096, 14336), "norm add", 140),
+    (L40S, 64, (28672, 4096), "norm silu", 202),
+)
+
+
+@pytest.mark.parametrize(("gpu", "m", "layer", "tail", "registers"), TAILS)
+def test_epilogues(gpu: Gpu, m: int, layer: tuple[int, int], tail: str, registers: int) -> None:
+    tile = linear_w4.config(m, *layer, 32, torch.float16, gpu)
+    assert tile is not None
+    hidden = layer[0] if "add" in tail else layer[1]
+    code, _ = compiled(tile, gpu, 32, tail=tail, hidden=hidden)
+    plain, _ = compiled(tile, gpu, 32)
+    assert code.spills == 0 and code.shared_memory <= gpu.shared_memory and code.registers <= registers
+    assert len(code.loop) < 1.1 * len(plain.loop), "the main loop is no other"
+
+
+def test_gate_and_up_meet_in_a_thread() -> None:
+    """Where K is not split. Elsewhere the sums of the parts lie in rows, and are exchanged on their way out anyway."""
+    tile = linear_w4.config(16, 28672, 4096, 128, torch.float16, A100)
+    assert tile is not None and tile.split == 1
+    (silu, _), (plain, _) = (compiled(tile, A100, 128, tail=tail) for tail in ("silu", ""))
+    for exchange in ("SHFL", "STS", "LDS", "BAR"):
+        assert silu.count[exchange] <= plain.count[exchange]
 
 
 @pytest.mark.parametrize(("gpu", "group", "zero_point"), ((H100, 32, False), (A100, 128, True), (L40S, 64, False)))

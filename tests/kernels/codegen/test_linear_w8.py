@@ -11,9 +11,9 @@ import triton
 from kernels.formats import Weight
 from kernels.gpu import fused, linear_w8, split_k
 from kernels.gpu.split_k import Tile
-from kernels.gpu.tiles import A100, H100, L40S, Gpu
+from kernels.gpu.tiles import A100, H100, L40S, Gpu, bucket
 from tests.kernels.support import fake_driver
-from tests.kernels.support.codegen import MachineCode, compile_only
+from tests.kernels.support.codegen import MachineCode, compile_only, tail_constants, tail_types
 
 LAYERS = ((960, 576), (576, 1536), (6144, 4096), (28672, 4096), (4096, 14336), (100, 96))
 ROWS = (1, 2, 15, 16, 17, 33, 64, 65, 128, 129, 500, 800, 801, 4096)
@@ -40,7 +40,7 @@ def test_config_covers_every_product(gpu: Gpu) -> None:
         split_k.grid_of(tile, m, n, workspace)  # the workspace suffices
         steps = k // tile.block_k
         assert (tile.split - 1) * -(-steps // tile.split) < steps, "a program without work"
-        same = linear_w8.config(max(1, split_k.bucket(m) // 2 + 1), n, k, g, x_dtype, gpu)
+        same = linear_w8.config(max(1, bucket(m) // 2 + 1), n, k, g, x_dtype, gpu)
         assert m > 128 or tile == same, "one tile for all rows of a bucket"
     if gpu is A100:
         with pytest.raises(ValueError, match="no float8"):
@@ -48,13 +48,13 @@ def test_config_covers_every_product(gpu: Gpu) -> None:
 
 
 def compiled(
-    tile: Tile, gpu: Gpu, group: int, x: torch.dtype, w: torch.dtype, minimum: bool = False
+    tile: Tile, gpu: Gpu, group: int, x: torch.dtype, w: torch.dtype, minimum: bool = False, tail: str = ""
 ) -> tuple[MachineCode, str]:
     as_bits = w == FP8 and gpu.capability < 89
     sums = "*i32" if x == INT8 else "*fp32"
     types = dict(X=NAMES[x], x_scales="*fp32", W="*i8" if as_bits else NAMES[w], D="*fp32", MIN="*fp32", Y="*fp16")
-    types |= dict(partials=sums, counters="*i32", alpha="fp32") | dict.fromkeys(INTEGERS, "i32")
-    constants = dict(
+    types |= dict(partials=sums, counters="*i32", alpha="fp32") | dict.fromkeys(INTEGERS, "i32") | tail_types(tail)
+    constants = tail_constants(tail, 4096) | dict(
         GROUP=group, PER_ROW=group == 4096 and not minimum, HAS_MIN=minimum, AS_BITS=as_bits, BM=tile.block_m,
         BN=tile.block_n, BK=tile.block_k, SPLIT=tile.split > 1, X_EXP=0,
     )  # fmt: skip

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from kernels import kv_cache
 from kernels.gpu import fused
+from kernels.gpu.epilogue import TURN, in_turns
 from kernels.oracle import fused as oracle
+from kernels.oracle import linear_w8 as linear_oracle
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EPS = {torch.float32: 2.0**-21, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # one rounding, relative
@@ -54,14 +56,45 @@ def test_add_rmsnorm(m: int, h: int, dtypes: tuple[torch.dtype, ...], out_exp: i
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @settings(max_examples=30)
-@given(m=st.integers(1, 3), inner=st.sampled_from((16, 1536, 1000, 2064)), dtype=st.sampled_from(DTYPES))
-def test_silu_mul(m: int, inner: int, dtype: torch.dtype) -> None:
+@given(
+    m=st.integers(1, 3),
+    inner=st.sampled_from((16, 1536, 1000, 2064)),
+    dtype=st.sampled_from(DTYPES),
+    turns=st.booleans(),
+)
+def test_silu_mul(m: int, inner: int, dtype: torch.dtype, turns: bool) -> None:
     gate_up = (normal(m, 2 * inner) * 4).to(dtype)
     gate_up[0, 0], gate_up[0, 1] = -200, 200  # exp overflows; silu is 0 and the identity there
     out = poisoned(m, inner, dtype)
-    fused.silu_mul(gate_up, out[:m])
+    given = in_turns(gate_up.t()).t().contiguous() if turns else gate_up
+    fused.silu_mul(given, out[:m], turn=TURN if turns else None)
     close(out[:m], oracle.silu_mul(gate_up))
     assert (out[m] == 7).all()
+
+
+@settings(max_examples=20)
+@given(
+    m=st.integers(1, 3), columns=st.sampled_from((64, 576, 1000)),
+    dtype=st.sampled_from((torch.int8, torch.float8_e4m3fn)), turns=st.booleans(),
+)  # fmt: skip
+def test_rows_in_eight_bits(m: int, columns: int, dtype: torch.dtype, turns: bool) -> None:
+    """Norm and silu write what rounding their float32 results would."""
+
+    def check(found: fused.Rounded, exact: torch.Tensor) -> None:
+        want, scales = linear_oracle.quantise_rows(exact, dtype)
+        torch.testing.assert_close(found.scales, scales, rtol=1e-5, atol=0)
+        apart = (found.q.float() - want.float()).abs()  # what is nearly a tie may round to either side
+        assert (apart <= (1 if dtype is torch.int8 else 32)).all() and (apart > 0).float().mean() < 0.02
+
+    residual, weight = normal(m, columns, seed=1) * 3, normal(columns, seed=2)
+    out = fused.Rounded.empty(m, columns, dtype, torch.device("cpu"))
+    _, exact = oracle.add_rmsnorm(None, residual, weight, 1e-5)
+    fused.add_rmsnorm(None, residual, weight, out, eps=1e-5)
+    check(out, exact)
+    gate_up = normal(m, 2 * columns, seed=3) * 2
+    given = in_turns(gate_up.t()).t().contiguous() if turns else gate_up
+    fused.silu_mul(given, out, turn=TURN if turns else None)
+    check(out, oracle.silu_mul(gate_up))
 
 
 def test_fp16_output_is_scaled_and_saturates() -> None:

@@ -302,3 +302,41 @@ def test_refused(model: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(CapacityError, match="device is cuda, and there is no NVIDIA GPU"):
             build_core(EngineOptions(model=str(model), device="cuda"))
+
+
+FUSED: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 192},
+    "qwen2": {"family": "Qwen2", "intermediate_size": 192},
+    "granite": {
+        "family": "Granite", "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.03,
+        "logits_scaling": 8.0, "intermediate_size": 192,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+@pytest.mark.parametrize("config", FUSED.values(), ids=FUSED.keys())
+def test_fused_layers(random_checkpoint: Callable[..., Path], config: dict[str, Any], kind: str) -> None:
+    """As the plain launches: a prefill of few rows, and a decode behind it. The kernels' launches differ, the error
+    against float32 does not."""
+    checkpoint = four_bit(random_checkpoint(**config), kind)
+    tokens = [5, 9, 300, 17, 4, 80, 33]
+
+    def logits(runner: Any) -> torch.Tensor:
+        return torch.cat([runner.logits(tokens[:6]), runner.logits(tokens[6:], 6)])
+
+    options = {"dtype": "auto", "max_model_len": 64}
+    exact = logits(core_of(checkpoint, Runner, max_model_len=64).runner)
+    plain, fused = (logits(core_of(checkpoint, fusions=fusions, **options).runner) for fusions in ("none", "all"))
+    errors = [((found - exact).norm() / exact.norm()).item() for found in (plain, fused)]
+    assert errors[1] < min(2 * errors[0], 5e-3) and not torch.equal(plain, fused)
+
+
+def test_fused_engine_is_the_plain_one(random_checkpoint: Callable[..., Path]) -> None:
+    """Batches that grow and shrink, with the same tokens; what cannot be fused runs as it did."""
+    checkpoint = four_bit(random_checkpoint(intermediate_size=192), "Q4_1")
+    plain, fused = (core_of(checkpoint, dtype="auto", fusions=fusions) for fusions in ("none", "all"))
+    for mine, theirs in zip(generate(fused, PROMPTS, GREEDY), generate(plain, PROMPTS, GREEDY), strict=True):
+        assert tokens_of(mine) == tokens_of(theirs)
+    exact = core_of(checkpoint, fusions="all")  # float32: dense
+    assert exact.runner.backend.fusions == "none"  # type: ignore[attr-defined]

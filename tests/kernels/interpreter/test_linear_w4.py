@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.gpu import linear_w4, w4_layout
+from kernels.gpu import linear, linear_w4, w4_layout
 from kernels.gpu.linear_w4 import Tile
 from kernels.gpu.tiles import H100
 from kernels.oracle import linear_w4 as oracle
@@ -174,6 +174,6 @@ def test_dequantise_and_large_m(zero_point: bool, dtype: torch.dtype, monkeypatc
     out = torch.full((5, 80), float("nan"), dtype=dtype)
     monkeypatch.setattr(linear_w4, "CROSSOVER", 4)
     linear_w4.config.cache_clear()
-    linear_w4.matmul_w4(x, weight, out, linear_w4.Workspace(H100, "cpu"), torch.empty(80 * 128, dtype=dtype))
+    linear.multiply(x, weight, out, linear_w4.Workspace(H100, "cpu"), torch.empty(80 * 128, dtype=dtype))
     linear_w4.config.cache_clear()
     assert relative(out, oracle.linear(x, w)) < (6e-4 if dtype == torch.float16 else 6e-3)

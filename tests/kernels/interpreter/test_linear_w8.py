@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine.checkpoint.tensors import BLOCKS
 from engine.planner import GPU_BYTES
 from kernels.formats import Weight, decode, dequantize
-from kernels.gpu import fused, linear_w4, linear_w8, w4_layout
+from kernels.gpu import fused, linear, linear_w4, linear_w8, w4_layout
 from kernels.gpu.split_k import Tile, Workspace
 from kernels.gpu.tiles import A100, H100
 from kernels.oracle import linear_w8 as oracle
@@ -202,7 +202,7 @@ def test_many_rows(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     weight = random_weight(80, 128, 128 if eight else 32, eight or INT8)
     packed = linear_w8.pack(dataclasses.replace(weight, eight_bit_input=eight is not None), 90)
     x, out = normal(rows, 128).to(dtype), torch.full((rows, 80), float("nan"), dtype=dtype)
-    linear_w8.matmul_w8(x, packed, out, Workspace(H100, "cpu"), torch.empty(80 * 128, dtype=dtype))
+    linear.multiply(x, packed, out, Workspace(H100, "cpu"), torch.empty(80 * 128, dtype=dtype))
     linear_w8.config.cache_clear()
     assert relative(out, oracle.linear(x, dequantize(weight), eight)) < (6e-4 if dtype == FP16 else 6e-3)
 

@@ -53,6 +53,19 @@ def compile_only(
     return triton.compile(source, target=target, options=dict(num_warps=num_warps, num_stages=num_stages, **options))
 
 
+def tail_types(tail: str) -> dict[str, str]:
+    """Of a matmul's arguments for its epilogue, which is some of "silu", "norm" and "add" (which needs a norm)."""
+    types = {"s_residual": "i32", "eps": "fp32", "out_scale": "fp32"}
+    if "norm" in tail:
+        types |= {"now": "*fp32", "before": "*fp32"}
+    return types | ({"residual": "*fp32", "norm_weight": "*fp32"} if "add" in tail else {})
+
+
+def tail_constants(tail: str, hidden: int) -> dict[str, Any]:
+    absent = {"now", "before", "residual", "norm_weight"} - set(tail_types(tail))
+    return dict.fromkeys(absent) | {"H": hidden if "norm" in tail else 0, "SILU": "silu" in tail}
+
+
 class MachineCode:
     """What ptxas made of a compiled kernel.
 
