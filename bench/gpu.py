@@ -79,7 +79,7 @@ def sections(dry: bool) -> list[Section]:
         Section("step", step, 60),
         *(Section(f"end to end {model}", end_to_end(model), 150) for model in (("tiny",) if dry else END_TO_END)),
         Section("transformers", transformers, 120),
-        *(Section(f"ladder {shape}", ladder(shape), 240) for shape in (LADDERS[:1] if dry else LADDERS)),
+        *(Section(f"ladder {shape}", ladder(shape), 420) for shape in (LADDERS[:1] if dry else LADDERS)),
         *(Section(f"sweep {shape}", sweep(shape), 150) for shape in (SHAPES[:1] if dry else SHAPES)),
     ]
 

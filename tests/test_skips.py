@@ -51,7 +51,10 @@ def test_a_suite_reports_its_status_and_last_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], body: str, status: int
 ) -> None:
     (tmp_path / "test_example.py").write_text(f"def test_it():\n    {body}\n")
-    found, last = run.run_suite([str(tmp_path / "test_example.py")], {})
-    assert found == status
-    assert ("1 failed" if status else "1 passed") in last
-    assert last in capsys.readouterr().out
+    suite = run.Suite("example", [str(tmp_path / "test_example.py")], {})
+    passed_on, held_back = run.run_suite(suite, []), run.run_suite(suite, [], hold=True)
+    assert passed_on.status == held_back.status == status
+    for outcome in (passed_on, held_back):
+        assert ("1 failed" if status else "1 passed") in outcome.last
+    assert capsys.readouterr().out.count("passed") == (0 if status else 1)
+    assert passed_on.held == "" and held_back.last in held_back.held

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from kernels.gpu import linear_w4, w4_layout
+from kernels.gpu import linear_w4, split_k, tiles, w4_layout
 from kernels.gpu.linear_w4 import Tile
 from kernels.gpu.tiles import A100, H100, L40S, Gpu, bucket
 from tests.kernels.support import fake_driver
@@ -212,3 +215,25 @@ def test_one_launch_and_no_recompilation_within_a_bucket() -> None:
     other = w4_layout.pack(torch.zeros(1536, 576, dtype=torch.uint8), torch.ones(1536, 18), torch.zeros(1536, 18), kw=2)
     linear_w4.w4a16(torch.zeros(5, 576).half(), other, torch.empty(5, 1536).half(), workspace)
     assert fake_driver.variants(linear_w4.w4a16_kernel) == before + 1, "layers of one tile share a kernel"
+
+
+def test_a_measured_tile_suits_every_m_of_its_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was measured at 512 rows; at 800 the same split would need more workspace than there is."""
+    n, k = 6144, 4096
+    sizes = n, k, 128, torch.float16
+    plain = linear_w4.config(512, *sizes, H100)
+    assert plain is not None
+    name = linear_w4.case_name(512, *sizes)
+    entry = {name: {"tile": dataclasses.asdict(plain) | {"num_stages": 2}, "us": 1.0}}
+    monkeypatch.setattr(tiles, "TUNED", tmp_path)
+    tiles.tuned_path(H100.name).write_text(json.dumps({"w4a16": entry}))
+    for cache in (tiles._measured, linear_w4.config):
+        cache.cache_clear()
+    try:
+        for m in (129, 300, 512, 700, 800):
+            tile = linear_w4.config(m, *sizes, H100)
+            assert tile is not None and tile.num_stages == 2
+            split_k.grid_of(tile, m, n, split_k.Workspace(H100, "meta"))
+    finally:
+        for cache in (tiles._measured, linear_w4.config):
+            cache.cache_clear()

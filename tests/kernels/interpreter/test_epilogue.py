@@ -56,7 +56,7 @@ def close(got: torch.Tensor, want: torch.Tensor, allowed: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ("w4", "w8"))
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     m=st.integers(1, 18), inner=st.sampled_from((16, 32, 200, 264)), split=st.integers(1, 3), out_exp=st.integers(0, 4)
 )
@@ -72,7 +72,7 @@ def test_silu(kind: str, m: int, inner: int, split: int, out_exp: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ("w4", "w8"))
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     m=st.integers(1, 18), h=st.sampled_from((64, 192, 576, 208)), split=st.integers(1, 3),
     factor=st.sampled_from((1.0, 0.22)), growth=st.sampled_from((1.0, 1e-2, 3e4)),
