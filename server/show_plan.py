@@ -73,12 +73,8 @@ def show_plan(question: Question, console: Console, json_path: str | None) -> No
 def open_header(model: str) -> Checkpoint:
     """The checkpoint without its weights: of a hub id that is not here only config.json is fetched."""
     path = Path(model).expanduser()
-    shape, _, suffix = model.rpartition("-")
-    if (
-        model in SHAPES
-        or (shape in SHAPES and f"-{suffix}" in SCHEMES)
-        or (path.name == "config.json" and path.exists())
-    ):
+    shape = any(model.removesuffix(suffix) in SHAPES for suffix in ("", *SCHEMES))
+    if shape or (path.name == "config.json" and path.exists()):
         return open_checkpoint(model, "dummy")
     if path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
         return open_checkpoint(model, "dummy")

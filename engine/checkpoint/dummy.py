@@ -50,6 +50,7 @@ _TEMPLATE = (
 BLOCK = 1 << 21  # random words that are drawn for a tensor; a larger one repeats them
 SCHEMES = {
     "-w4a16": Scheme("PACKED", "W4A16", 4, 128),
+    "-w4a16-head": Scheme("PACKED", "W4A16 with its head", 4, 128, head=True),
     "-w8a16": Scheme("INT8", "W8A16"),
     "-w8a8": Scheme("W8A8", "W8A8"),
     "-fp8": Scheme("FP8_A8", "FP8"),
@@ -59,11 +60,12 @@ SCHEMES = {
 def dummy_tensors(config: ModelConfig, scheme: Scheme | None = None) -> dict[str, StoredTensor]:
     """Tensors made when they are read: norms are one, biases zero, weights have the variance 1 / columns.
 
-    BF16, normally distributed; with a scheme the layers' are of that form instead, and their integers are uniform.
+    BF16, normally distributed; with a scheme the layers' are of that form instead, and their integers are uniform. A
+    head that is the embedding's table (SmolLM2's) stays as it is.
     """
     tensors: dict[str, StoredTensor] = {}
     for name, shape in expected_shapes(config).items():
-        if scheme is None or not name.endswith("_proj.weight"):
+        if scheme is None or not name.endswith(("_proj.weight", "lm_head.weight")[: 1 + scheme.head]):
             tensors[name] = StoredTensor(name, "BF16", shape, functools.partial(_values, name, shape))
             continue
         parts: dict[str, StoredTensor] = {}

@@ -36,13 +36,15 @@ Parts = dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]]  # name -
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """kind: a scheme of the table above. name: for people. group: columns that share a scale, 0: a whole row."""
+    """kind: a scheme of the table above. name: for people. group: columns that share a scale, 0: a whole row. head:
+    the head is of this kind, too."""
 
     kind: str
     name: str
     bits: int = 8
     group: int = 0
     blocks: bool = False
+    head: bool = False
 
     def parts(self, n: int, k: int) -> tuple[Parts, Parts]:
         """The tensors of a linear [n, k]: those that must be there, and those that may."""

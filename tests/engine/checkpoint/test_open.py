@@ -148,9 +148,16 @@ def test_dummy_weights_of_quantised_layers(suffix: str) -> None:
     values = dequantize(decode(tensor.dtype, parts))
     assert values.shape == (576, 1536) and values.isfinite().all()
     assert abs(values.mean()) < 4e-3 and values.std() == pytest.approx(1536**-0.5, rel=0.1)
-    assert tensor.nbytes < (0.55 if suffix == "-w4a16" else 1.05) * values.numel()
+    assert tensor.nbytes < (0.55 if "w4a16" in suffix else 1.05) * values.numel()
     assert checkpoint.tensors["model.embed_tokens.weight"].dtype == "BF16"
     assert checkpoint.quantization == SCHEMES[suffix].name
+
+
+def test_a_dummy_head_in_four_bits() -> None:
+    for suffix, kind in (("-w4a16", "BF16"), ("-w4a16-head", "PACKED")):
+        checkpoint = open_checkpoint("llama-3-8b" + suffix, "dummy")
+        assert checkpoint.tensors["lm_head.weight"].dtype == kind
+        assert checkpoint.tensors["model.embed_tokens.weight"].dtype == "BF16"
 
 
 def test_dummy_weights_of_a_folder(random_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
