@@ -23,6 +23,7 @@ def sweep(shape: str) -> Callable[[bool, Path], Iterator[Result]]:
         from bench.gpu_sections import _engine, _models, _prompt
         from bench.prices import Price, price_of
         from bench.throughput import measured
+        from engine.core.device import batch_sizes
 
         model, load_format = _models(dry, folder, [shape])[-1]
         largest, prompt, new = (2, 8, 4) if dry else (AT_A_TIME[-1], PROMPT, NEW)
@@ -43,6 +44,9 @@ def sweep(shape: str) -> Callable[[bool, Path], Iterator[Result]]:
                 break
             prompts = [(_prompt(prompt, batch + i, info.vocab_size), new) for i in range(batch)]
             try:
+                # Every size that the batch has on its way up and down, twice: it is captured the second time.
+                for n in (n for n in batch_sizes(largest) if batch // 2 < n <= batch):
+                    measured(engine, [(text[:8], min(new, 4)) for text, _ in prompts[:n]], f"warm-{batch}-{n}", None)
                 measured(engine, [(text, min(new, 8)) for text, _ in prompts], f"warm-{batch}", None)
                 found = measured(engine, prompts, str(batch), price)
             except Exception as error:

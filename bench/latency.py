@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from bench import results
-from bench.ceilings import matmul_rate, read_bandwidth
+from bench.ceilings import matmul_rate, measure_ceilings, read_bandwidth
 from bench.local_engine import LocalEngine
 from bench.prompts import make_prompt, prose_tokens
 from bench.report import markdown_table, median_and_spread
@@ -63,7 +63,9 @@ def run(
             **dataclasses.asdict(latency),
         }
         info = engine.info
-        results.save(Path(json_path), results.new("latency", data, model=info.model, quantization=info.quantization))
+        device = None if info.device.startswith("cpu") else info.device
+        about = {"model": info.model, "quantization": info.quantization, "device": device}
+        results.save(Path(json_path), results.new("latency", data, **about))
 
 
 def measure(engine: LocalEngine, prompt_tokens: int, new_tokens: int, repetitions: int) -> Latency:
@@ -84,10 +86,19 @@ def measure(engine: LocalEngine, prompt_tokens: int, new_tokens: int, repetition
         decode=decode,
         flops_per_prompt=prompt_flops(engine.checkpoint, prompt_tokens),
         bytes_per_token=weights + kv_per_token * (1 + new_tokens / 2),
-        read_bandwidth=read_bandwidth(int(weights)),
-        read_bandwidth_large=read_bandwidth(LARGE_BUFFER),
-        matmul_rate=matmul_rate(torch.float32 if info.dtype == "float32" else torch.bfloat16),
+        **_limits(info, int(weights)),
     )
+
+
+def _limits(info: EngineInfo, weights: int) -> dict[str, float]:
+    """Of the device that the engine is on."""
+    if info.device.startswith("cpu"):
+        dtype = torch.float32 if info.dtype == "float32" else torch.bfloat16
+        small, large, rate = read_bandwidth(weights), read_bandwidth(LARGE_BUFFER), matmul_rate(dtype)
+    else:
+        limits = measure_ceilings(torch.device("cuda"))
+        small, large, rate = limits.bandwidth, limits.bandwidth, limits.rates[info.dtype]
+    return {"read_bandwidth": small, "read_bandwidth_large": large, "matmul_rate": rate}
 
 
 def bytes_read(checkpoint: Checkpoint) -> int:

@@ -34,4 +34,8 @@ class EngineDeadError(FenError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the system or the device had no memory to give, as Python, the system or PyTorch say it."""
     kinds = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-    return kinds or getattr(error, "errno", None) == errno.ENOMEM or "can't allocate memory" in str(error)
+    return (
+        kinds
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or any(words in str(error) for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
+    )

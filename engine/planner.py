@@ -23,6 +23,7 @@ GPU_BYTES = {
     **dict.fromkeys(("Q5_0", "Q8_0"), 1 + 4 / 32),
     **dict.fromkeys(("Q5_1", "Q5_K"), 1 + 8 / 32),
     "Q6_K": 1 + 4 / 16,
+    "F32": 2.0,  # in the activations' 16 bits
 }
 KV_BYTES = {"auto": 2.0, "float32": 4.0, "int8": 1.0, "fp8": 1.0}  # of an element
 TABLE = "model.embed_tokens.weight"

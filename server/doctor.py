@@ -8,7 +8,9 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import sys
+import sysconfig
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -219,7 +221,17 @@ def devices(report: Report) -> None:
             )
     from engine.core.device import has_gpu
 
+    if has_gpu() and (lacking := triton_lacks()):
+        report.problems.append(f"Triton compiles its launchers here and finds no {lacking}; no GPU kernel can start")
     report.add("Devices", "used", "cpu; --device cuda runs on the GPU, untried so far" if has_gpu() else "cpu")
+
+
+def triton_lacks() -> str:
+    """What its first launch would miss (triton/runtime/build.py)."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "C compiler (gcc or clang)"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return "" if header.is_file() else "Python.h (Debian's package python3-dev)"
 
 
 def models(report: Report) -> None:

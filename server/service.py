@@ -199,7 +199,7 @@ class Service:
                     raise RequestError("prompt: a prompt must have at least one token", "prompt")
             else:
                 ids = prompt
-                self.check_ids(ids, "prompt")
+                self.check_ids(ids, "prompt", self.tokenizer.num_embeddings)
             prompts.append(ids)
         return prompts
 
@@ -207,8 +207,9 @@ class Service:
         encode = self._long_texts.encode if len(text) > LONG_TEXT else self.tokenizer.encode
         return await self.in_thread(lambda: encode(text, add_special_tokens), len(text))
 
-    def check_ids(self, ids: list[int], param: str) -> None:
-        size = self.tokenizer.vocab_size
+    def check_ids(self, ids: list[int], param: str, known: int | None = None) -> None:
+        """known: how many of the vocabulary the model has embeddings for."""
+        size = min(self.tokenizer.vocab_size, known or self.tokenizer.vocab_size)
         if ids and max(ids) >= size:
             raise RequestError(f"{param}: token id {max(ids)} is outside the vocabulary (0 to {size - 1})", param)
 

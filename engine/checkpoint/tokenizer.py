@@ -66,7 +66,7 @@ class Tokenizer:
         self._lock = threading.Lock()
         self._strict: tuple[tokenizers.Tokenizer, dict[int, int]] | None  # see _strict_backend
         self._byte_level, self._strips_space = _decoding(backend)
-        self._num_embeddings = num_embeddings
+        self.num_embeddings = num_embeddings
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -104,7 +104,7 @@ class Tokenizer:
         except TypeError:
             raise RequestError("the text has a surrogate code point (U+D800 to U+DFFF) outside a pair") from None
         ids = [renamed.get(id, id) for id in ids] if renamed else ids
-        if self._num_embeddings is not None and ids and max(ids) >= self._num_embeddings:
+        if self.num_embeddings is not None and ids and max(ids) >= self.num_embeddings:
             raise RequestError(f"the model has no embedding for the token {self.id_to_token(max(ids))!r}")
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.checkpoint import Checkpoint, open_checkpoint
-from engine.core.device import has_gpu
+from engine.core.device import copy_bandwidth, has_gpu
 from engine.core.loop import EngineCore
 from engine.core.runner import Runner, available_memory
 from engine.core.stages import Stages
@@ -48,7 +48,8 @@ def build_core(
         eos_token_ids=checkpoint.config.eos_token_ids,
     )
     stages("calibration")
-    roofline = calibrate(lambda tokens: runner.logits([0] * tokens), checkpoint.config, runner.info)
+    many = (min(512, runner.max_num_batched_tokens), copy_bandwidth()) if options.device == "cuda" else ()
+    roofline = calibrate(lambda tokens: runner.logits([0] * tokens), checkpoint.config, runner.info, *many)
     core = EngineCore(runner, scheduler)
     core.ledger = Ledger(start, time.monotonic(), roofline)
     runner.info.stages = stages.end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import time
 from typing import Any
 
@@ -14,6 +15,28 @@ def has_gpu() -> bool:
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability() >= (8, 0)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that the GPU's memory moves, read and written; 0.0 where there is no room to measure it."""
+    try:
+        source = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+    except torch.OutOfMemoryError:
+        return 0.0
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
+    for event in events:
+        event.record()
+        target.copy_(source)
+    torch.cuda.synchronize()
+    best: float = min(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    return 2000 * source.nbytes / best
+
+
+def batch_sizes(most: int) -> list[int]:
+    """Of captured decodes: 1, 2, 4, 8, 12, 16, 24, 32, 48 ... and `most`."""
+    sizes = {1, 2, 4, most} | {n << i for i in range(most.bit_length()) for n in (8, 12)}
+    return sorted(n for n in sizes if n <= most)
 
 
 class DeviceClock:

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.checkpoint import Checkpoint
-from engine.core.device import DeviceClock
+from engine.core.device import DeviceClock, batch_sizes
 from engine.core.preparation import Preparation
 from engine.core.runner import (
     LOGIT_ROWS,
@@ -47,6 +47,7 @@ from engine.grammar import Grammars
 from engine.messages import EngineOptions, TokenLogprob
 from engine.model.decoder import Step
 from engine.model.gpu import Batch, GpuBackend
+from engine.model.gpu import activations as activations_of
 from engine.model.loader import load_decoder
 from engine.model.sampler import seed_of
 from engine.scheduling.scheduler import Chunk, Schedule
@@ -111,7 +112,7 @@ class GpuRunner:
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.config = config = checkpoint.config
-        activations = _activations(options.dtype, checkpoint.quantization)
+        activations = activations_of(options.dtype, checkpoint.quantization)
         invariant = options.batch_invariant
         if invariant is None:
             invariant = activations == torch.float32
@@ -147,6 +148,8 @@ class GpuRunner:
         self.max_model_len = min(self.max_model_len, self.num_blocks * self.block_size)
         self._allocate(self.num_blocks)
         self._clock = DeviceClock(self._cuda)
+        if self._use_graphs:
+            self._capture_one()
         self._synchronize()
         progress("warm-up", 1.0)
         self._starting = None
@@ -161,6 +164,15 @@ class GpuRunner:
             load_seconds=time.monotonic() - loading,
             batch_invariant=invariant,
         )
+
+    def _capture_one(self) -> None:
+        """The graph of one decode: what may not be captured stops the start, not the first request."""
+        nothing = [0]
+        inputs = nothing, [self._first], nothing, [-1], 1, [1], nothing, nothing, None, [-1], nothing
+        with torch.inference_mode():
+            step, slots, positions = self._inputs(*inputs)
+            for _ in range(2):
+                self._graph(1, lambda: self._draw(self._forward(step), slots, positions))
 
     def release(self, sequence: Sequence) -> None:
         run = self._runs.pop(sequence.id, None)
@@ -347,8 +359,9 @@ class GpuRunner:
         return step, parts[8], parts[9]
 
     def _forward(self, step: Step) -> torch.Tensor:
-        """step.tokens: sources. The token after an output that was not finite is -1."""
-        tokens = self._buffer.index_select(0, step.tokens).clamp_(min=0)
+        """step.tokens: sources. The token after an output that was not finite is -1. One without an embedding, which
+        whoever takes requests refuses, would end the process."""
+        tokens = self._buffer.index_select(0, step.tokens).clamp_(0, self.config.vocab_size - 1)
         return self.model.forward(dataclasses.replace(step, tokens=tokens))
 
     def _draw(self, hidden: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -433,7 +446,8 @@ class GpuRunner:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         others = total - free - torch.cuda.memory_reserved(self.device)  # contexts, compiled kernels, other processes
-        graphs = decodes + len(self._batch_sizes) * GRAPH_BYTES if self._use_graphs else 0
+        kept = len(self._batch_sizes) * GRAPH_BYTES + 4 * sum(self._batch_sizes) * self.config.vocab_size  # and logits
+        graphs = decodes + kept if self._use_graphs else 0
         scoring = 4 * LOGIT_ROWS * self.config.vocab_size * 4  # prompt logprobs: float32 logits and their like
         used = others + torch.cuda.memory_allocated(self.device) + max(prompts, decodes) + graphs + scoring
         room = max(0, int(total * options.gpu_memory_utilization) - used)
@@ -480,21 +494,6 @@ class GpuRunner:
             raise CapacityError(f"block_size is {options.block_size}; on a GPU it must be 16, 32, 64 or 128.")
 
 
-def batch_sizes(most: int) -> list[int]:
-    """1, 2, 4, 8, 12, 16, 24, 32, 48 ... and `most`."""
-    sizes = {1, 2, 4, most} | {n << i for i in range(most.bit_length()) for n in (8, 12)}
-    return sorted(n for n in sizes if n <= most)
-
-
 def _is_scored(chunk: Chunk) -> bool:
     sequence = chunk.sequence
     return sequence.request.params.prompt_logprobs is not None and chunk.start < sequence.prompt_len - 1
-
-
-def _activations(name: str, quantization: str) -> torch.dtype:
-    """auto: float16 for quantised weights, whose kernels compute in it; bfloat16 otherwise."""
-    if name == "auto":
-        name = "bfloat16" if quantization in ("bfloat16", "float32") else "float16"
-    if name not in ("bfloat16", "float16", "float32"):
-        raise CapacityError(f"dtype {name!r} is not supported; it must be auto, bfloat16, float16 or float32.")
-    return getattr(torch, name)  # type: ignore[no-any-return]

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import logging
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -120,6 +121,7 @@ class EngineCore:
         except self.runner.fatal:
             raise
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold its tensors, and what follows needs the room
             self._in_flight.append((schedule, launched, error))
             while self._in_flight:  # the next launch would build on what this one did not give
                 self._finish()
@@ -131,6 +133,7 @@ class EngineCore:
         except self.runner.fatal:
             raise
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)
             self._recover(schedule, error)
             return
         self._account(schedule.chunks, started, result)
@@ -199,6 +202,7 @@ class EngineCore:
         except self.runner.fatal:
             raise
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)
             if len(chunks) == 1:
                 self._fail(chunks[0].sequence, _sentence(error))
             else:

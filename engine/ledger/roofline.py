@@ -31,11 +31,18 @@ class Roofline:
         return max(end * self.read, length * (start + end) / 2 * self.score)
 
 
-def calibrate(forward: Callable[[int], object], config: ModelConfig, info: EngineInfo) -> Roofline:
+def calibrate(
+    forward: Callable[[int], object], config: ModelConfig, info: EngineInfo, tokens: int = 32, bandwidth: float = 0.0
+) -> Roofline:
     """Measures `forward(n)`, which computes n tokens, for fractions of a second: one token gives the bandwidth at which
-    this engine reads its weights, 32 give the rate of its arithmetic."""
-    tokens = min(32, info.max_model_len)
-    weights, token = _fastest(forward, 1), _fastest(forward, tokens) / tokens
+    this engine reads its weights, `tokens` give the rate of its arithmetic.
+
+    bandwidth: bytes a second, instead of one token's time (a GPU's is that of Python, which launches its kernels; in
+    a captured graph it does not count, and `tokens` are so many that it does not count there, either).
+    """
+    tokens = min(tokens, info.max_model_len)
+    weights = info.weight_bytes / bandwidth if bandwidth else _fastest(forward, 1)
+    token = _fastest(forward, tokens) / tokens
     multiplied = info.parameters - (0 if config.tie_embeddings else config.vocab_size * config.hidden_size)
     position_bytes = info.kv_cache_bytes / (info.num_blocks * info.block_size)
     position_products = 2 * config.num_layers * config.num_heads * config.head_dim

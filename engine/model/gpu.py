@@ -144,7 +144,7 @@ class GpuBackend:
     def _for(self, reader: Linear, rows: int, columns: int) -> torch.Tensor | Rounded:
         """Memory for what this linear reads."""
         rounds = reader.rounds if isinstance(reader, GpuLinear) and not self.invariant else None
-        if rounds is not None:
+        if rounds is not None and columns <= fused.MOST_ROUNDED:
             return Rounded.empty(rows, columns, rounds, self.device)
         return torch.empty(rows, columns, dtype=self.activations, device=self.device)
 
@@ -183,7 +183,7 @@ class GpuBackend:
         """norm: what x was scaled by."""
         rows = x.shape[0]
         turns = isinstance(gate_up, GpuLinear) and gate_up.turns
-        if turns and self._fusions(gate_up, rows).silu:
+        if isinstance(gate_up, GpuLinear) and turns and gate_up.bias is None and self._fusions(gate_up, rows).silu:
             return self._behind(gate_up, x, Epilogue(norm, silu=True, out_exp=X_EXP))
         both = gate_up(x) if norm is None else self._behind(gate_up, x, Epilogue(norm))
         out = self._for(reader, rows, both.shape[1] // 2)
@@ -327,6 +327,15 @@ def _head(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     return F.linear(x.float(), weight.float())
+
+
+def activations(name: str, quantization: str) -> torch.dtype:
+    """auto: float16 for quantised weights, whose kernels compute in it; bfloat16 otherwise."""
+    if name == "auto":
+        name = "bfloat16" if quantization in ("bfloat16", "float32") else "float16"
+    if name not in ("bfloat16", "float16", "float32"):
+        raise CapacityError(f"dtype {name!r} is not supported; it must be auto, bfloat16, float16 or float32.")
+    return getattr(torch, name)  # type: ignore[no-any-return]
 
 
 def _fusable(layer: Layer) -> bool:

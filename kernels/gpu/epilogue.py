@@ -13,7 +13,8 @@ no program of the matmul before has more than a tile; but being a factor of the 
     norm   product * rms(row before the addition) / rms(row) * 2^EXP, both from squares
 
 The earlier rms brings every model's rows to about 1; a row may then grow by 65504 * 2^EXP / weight = 4 million in one
-addition before fp16 saturates, and what is 2^-18 of its row is still a normal number of fp16.
+addition before fp16 saturates. Numbers below 2^-8 of their row's rms are subnormal and lose bits, which those of the
+row's size drown in any product; only a row that shrinks far more than 2^6-fold in one addition would lose what counts.
 """
 
 from __future__ import annotations

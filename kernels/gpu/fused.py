@@ -23,6 +23,8 @@ import triton.language as tl
 from kernels.gpu.epilogue import EXP, Norm, squares_shape
 from kernels.kv_cache import QMAX, KVCache
 
+MOST_ROUNDED = 16384  # columns of a row that one program can round without spilling
+
 
 @triton.jit
 def _store(at, value, scale, mask):
@@ -232,6 +234,7 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor | Rounded, *, out_exp: int
     m, inner = out.shape
     assert gate_up.shape == (m, 2 * inner) and gate_up.stride(1) == out.stride(1) == 1, (gate_up.shape, out.shape)
     assert out_exp == 0 or out.dtype == torch.float16
+    assert not qmax or inner <= MOST_ROUNDED, inner
     whole = triton.next_power_of_2(inner)
     block = whole if qmax else min(1024, whole)
     silu_mul_kernel[(m, triton.cdiv(inner, block))](

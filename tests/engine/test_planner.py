@@ -111,3 +111,12 @@ def test_a_start_that_cannot_fit_is_refused_before_a_weight_is_read(monkeypatch:
     options = EngineOptions(model="yi-34b", load_format="dummy", device="cpu")
     with pytest.raises(CapacityError, match="does not fit: its weights take 64"):
         build_core(options)
+
+
+def test_float32_weights_are_halved_on_a_gpu() -> None:
+    checkpoint = open_checkpoint("smollm2-135m", "dummy")
+    tensors = {name: dataclasses.replace(tensor, dtype="F32") for name, tensor in checkpoint.tensors.items()}
+    stored = dataclasses.replace(checkpoint, tensors=tensors)
+    halved, as_it_is = (plan(which, CARD, EngineOptions(), gpu=True).read for which in (stored, checkpoint))
+    assert halved == as_it_is
+    assert plan(stored, CARD, EngineOptions(dtype="float32"), gpu=True).read > 1.9 * halved

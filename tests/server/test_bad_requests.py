@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from engine.errors import RequestError
+from server.service import Service
 from tests.server.live import LiveServer
 
 HI = [{"role": "user", "content": "hi"}]
@@ -281,3 +284,14 @@ def test_unknown_fields_are_named(server: LiveServer) -> None:
     assert ignored(path, **hi, **options) == "stream_options.apple"
     assert ignored("/tokenize", messages=[*HI, HI[0] | {"mango": 1}], zebra=1) == "zebra,messages[1].mango"
     assert ignored("/detokenize", tokens=[], zebra=1) == "zebra"
+
+
+def test_a_token_that_the_model_has_no_embedding_for() -> None:
+    """On a GPU it would end the engine's process. A vocabulary may be larger than the table."""
+    service: Any = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=10, num_embeddings=8))
+    Service.check_ids(service, [0, 7], "prompt", 8)
+    with pytest.raises(RequestError, match=r"prompt: token id 9 is outside the vocabulary \(0 to 7\)"):
+        Service.check_ids(service, [0, 9], "prompt", 8)
+    Service.check_ids(service, [9], "tokens")
+    with pytest.raises(RequestError, match=r"\(0 to 9\)"):
+        Service.check_ids(service, [10], "prompt", None)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from server import doctor
 from server.cli import app
 from server.flags import ENGINE, SERVER
 from server.version import version
@@ -153,6 +154,17 @@ def test_output_that_cannot_be_written_is_said_before_the_work(tmp_path: Path, s
         assert "bug" not in result.stderr and "|" not in result.stdout
 
 
+def test_doctor_knows_what_triton_compiles_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setenv("CC", "cc")
+    assert "python3-dev" in doctor.triton_lacks()
+    (tmp_path / "Python.h").touch()
+    assert doctor.triton_lacks() == ""
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "C compiler" in doctor.triton_lacks()
+
+
 def test_doctor_says_what_there_is() -> None:
     result = fen_process("doctor")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -169,8 +181,8 @@ def test_another_package_named_kernels_is_found_out(tmp_path: Path) -> None:
     def shadowed(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
-    doctor = shadowed("doctor")
-    assert doctor.returncode == 1 and "pip uninstall kernels" in doctor.stdout
+    found = shadowed("doctor")
+    assert found.returncode == 1 and "pip uninstall kernels" in found.stdout
     run = shadowed("run", "hello")
     assert run.returncode == 1 and "pip uninstall kernels" in one_sentence(run.stderr)
 

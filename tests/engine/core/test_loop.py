@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import gc
 import logging
 import random
+import weakref
+from collections.abc import Iterator
 
 import pytest
 
 from engine.core.loop import EngineCore
-from engine.errors import CapacityError, RequestError
+from engine.errors import CapacityError, RequestError, is_out_of_memory
 from engine.messages import Output, Request
 from engine.scheduling import Scheduler
 from tests.engine.scheduling.simulated import (
@@ -251,6 +254,52 @@ def test_an_exception_fails_only_the_request_at_fault(depth: int, caplog: pytest
         )
     (error,) = [output.error for output in given if output.error]
     assert error == "The engine failed while computing this request; its log has the details."
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("where", ["launch", "finish"])
+def test_a_failed_steps_memory_is_free_for_the_next(
+    depth: int, where: str, without_collector: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The traceback of what ran out of memory would hold its tensors, in every halving those of all before it."""
+    core, runner, _ = make_core(depth)
+    held: list[weakref.ref[set[int]]] = []
+    alive: list[int] = []
+    given = getattr(runner, where)
+
+    def short_of_memory(argument: object) -> object:
+        tensor = {1}
+        alive.append(sum(ref() is not None for ref in held))
+        held.append(weakref.ref(tensor))
+        schedule = getattr(argument, "schedule", argument)
+        if len(schedule.chunks) > 1:
+            raise MemoryError("no room")
+        return given(argument)
+
+    for i in range(4):
+        core.add(make_request(f"r{i}", [i] * 3, 2, ignore_eos=True))
+    monkeypatch.setattr(runner, where, short_of_memory)
+    assert set(run(core)) == {f"r{i}" for i in range(4)}
+    assert len(alive) > 6 and max(alive) == 0, alive
+
+
+def test_what_it_is_to_be_out_of_memory() -> None:
+    for words in (
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        NO_MEMORY,
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    ):
+        assert is_out_of_memory(RuntimeError(words))
+    assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("a step is broken"))
 
 
 def test_after_a_fatal_exception_nothing_is_tried() -> None:

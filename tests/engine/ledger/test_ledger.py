@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine.core.loop import EngineCore
 from engine.core.step import StepResult
-from engine.ledger import CLASSES, Ledger, Roofline, ended, joined
+from engine.ledger import CLASSES, Ledger, Roofline, calibrate, ended, joined
 from engine.messages import LedgerSnapshot, Output
 from engine.scheduling import Chunk, Schedule, Scheduler, Sequence
 from tests.engine.scheduling.simulated import VOCABULARY, Launched, SimulatedRunner, make_request
@@ -286,3 +288,21 @@ def test_a_restart_loses_no_second() -> None:
     assert ledger.start == last.start and ledger.end == second.clock()
     assert ledger.seconds["startup"] == 3.0 + 2.0 + 3.0
     assert joined(dead, None) == dead and joined(None, None) is None is ended(None, 1.0, "idle")
+
+
+def test_calibration_times_no_compiler_and_on_a_gpu_no_python() -> None:
+    config = SimpleNamespace(tie_embeddings=True, vocab_size=10, hidden_size=8, num_layers=2, num_heads=2, head_dim=4)
+    info = SimpleNamespace(
+        max_model_len=1000, parameters=1000, kv_cache_bytes=640, num_blocks=4, block_size=16, weight_bytes=2000
+    )
+    called: list[int] = []
+
+    def forward(tokens: int) -> None:
+        time.sleep(0.002 if tokens in called else 0.15)  # the first call compiles
+        called.append(tokens)
+
+    measured = calibrate(forward, config, info)  # type: ignore[arg-type]
+    assert measured.weights < 0.1 and measured.token < 0.1 / 32 and set(called) == {1, 32}
+    called.clear()
+    given = calibrate(forward, config, info, 512, 4000.0)  # type: ignore[arg-type]
+    assert given.weights == 0.5 and given.token < 0.1 / 512 and set(called) == {512}

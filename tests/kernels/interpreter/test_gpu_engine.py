@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +19,16 @@ from llguidance import LLMatcher
 
 from engine.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from engine.core.build import build_core
-from engine.core.gpu_runner import GpuRunner, batch_sizes
+from engine.core.device import batch_sizes
+from engine.core.gpu_runner import GpuRunner
 from engine.core.loop import EngineCore
 from engine.core.runner import Runner
 from engine.errors import CapacityError
 from engine.messages import EngineOptions, Output, Request, SamplingParams
+from engine.model.gpu import GpuBackend, GpuLinear
 from engine.scheduling.scheduler import Scheduler
 from kernels.formats import decode, dequantize
+from kernels.gpu import linear_w8
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=2)
 PROMPTS = [[5, 9, 300], [17], [40 + i for i in range(19)]]
@@ -312,6 +316,25 @@ FUSED: dict[str, dict[str, Any]] = {
         "logits_scaling": 8.0, "intermediate_size": 192,
     },
 }  # fmt: skip
+
+
+def test_rows_too_long_to_be_rounded_where_they_are_made() -> None:
+    """One program would spill: they are written in 16 bits, and rounded by a launch of their own."""
+    weight = linear_w8.W8(torch.zeros(1, 1, dtype=torch.int8), torch.ones(1, 1), None, 1.0, 1, eight_bit_input=True)
+    reader = GpuLinear(lambda x: x, weight, None, 0, False)
+    backend: Any = SimpleNamespace(invariant=False, device=torch.device("cpu"), activations=torch.float16)
+    assert GpuBackend._for(backend, reader, 2, 14336).dtype == torch.int8
+    assert GpuBackend._for(backend, reader, 2, 20480).dtype == torch.float16
+
+
+def test_a_bias_before_silu(random_checkpoint: Callable[..., Path]) -> None:
+    """It has no place in an epilogue: such a layer runs as without fusions."""
+    checkpoint = four_bit(random_checkpoint(intermediate_size=192, mlp_bias=True), "Q4_1")
+    plain, fused = (
+        core_of(checkpoint, dtype="auto", max_model_len=64, fusions=fusions).runner for fusions in ("none", "all")
+    )
+    tokens = [5, 9, 300]
+    assert torch.equal(plain.logits(tokens), fused.logits(tokens))  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "Q4_1"), ("qwen2", "Q8_0"), ("granite", "Q4_1")])
