@@ -11,6 +11,7 @@ import dataclasses
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,9 +26,10 @@ from engine.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from engine.errors import FenError
 from engine.messages import EngineOptions
 
-FEW, MORE = 2, 6  # layers
-STEPS = 12  # of decode in a sample
-SAMPLES = 3
+FEW, MORE = 2, 8  # layers; an error in their difference counts as often as there are layers
+STEPS = 12  # of decode in a round
+ROUNDS = 7
+SECONDS = 20.0  # for all rounds of a forecast; three there are at least
 WANTED = 0.25  # how far a forecast may be from the measurement
 RESULTS = Path(__file__).resolve().parent / "results" / "forecast_cpu.json"
 
@@ -50,38 +52,53 @@ def forecast(
 ) -> Forecast:
     """decode: at contexts of `prompt_tokens` and the few tokens after."""
     few, more = min(FEW, checkpoint.config.num_layers), min(MORE, checkpoint.config.num_layers)
-    measured = {}
-    for layers in {few, more}:
-        progress(f"timing {layers} layers of {checkpoint.config.num_layers}")
-        measured[layers] = measure(shortened(checkpoint, layers), options, prompt_tokens, batches)
+    progress(f"timing {few} and {more} layers of {checkpoint.config.num_layers}")
+    timed = [Timed(shortened(checkpoint, layers), options, prompt_tokens, batches) for layers in (few, more)]
+    rounds: list[tuple[Forecast, ...]] = []
+    end = time.monotonic() + SECONDS
+    while len(rounds) < 3 or (len(rounds) < ROUNDS and time.monotonic() < end):
+        rounds.append(tuple(one.round() for one in timed))  # in turns: a machine's pace drifts
 
     def carried(value: Callable[[Forecast], float]) -> float:
-        least, most = value(measured[few]), value(measured[more])
-        layer = (most - least) / (more - few) if more > few else 0.0
-        return least + max(0.0, layer) * (checkpoint.config.num_layers - few)
+        least = statistics.median(value(one) for one, _ in rounds)
+        layers = statistics.median(value(other) - value(one) for one, other in rounds)
+        return least + max(0.0, layers) / max(1, more - few) * (checkpoint.config.num_layers - few)
 
-    decode = {batch: carried(lambda of, batch=batch: of.decode[batch]) for batch in batches}  # type: ignore[misc]
-    return Forecast(prompt_tokens, carried(lambda of: of.prefill), decode)
+    return _each(carried, prompt_tokens, batches)
 
 
 def measure(checkpoint: Checkpoint, options: EngineOptions, prompt_tokens: int, batches: list[int]) -> Forecast:
     """The same of a checkpoint that is there, all of it; medians."""
-    pool = (max(batches) + 1) * (prompt_tokens + STEPS + 130)
-    options = msgspec.structs.replace(
-        options, kv_cache_tokens=pool, max_num_seqs=max(batches), enable_prefix_caching=False
-    )
-    engine = LocalEngine(options, checkpoint)
-    prompt = [1 + i % 100 for i in range(prompt_tokens)]
-    engine.generate([prompt], 2)
-    prefill = [engine.generate([prompt], 1).first_seconds for _ in range(SAMPLES)]
-    decode: dict[int, float] = {}
-    for batch in batches:
-        times = []
-        for _ in range(SAMPLES):
-            timing = engine.generate([prompt] * batch, STEPS)
-            times.append((timing.seconds - timing.first_seconds) / (STEPS - 1))
-        decode[batch] = statistics.median(times)
-    return Forecast(prompt_tokens, statistics.median(prefill), decode)
+    timed = Timed(checkpoint, options, prompt_tokens, batches)
+    rounds = [timed.round() for _ in range(ROUNDS)]
+    return _each(lambda value: statistics.median(map(value, rounds)), prompt_tokens, batches)
+
+
+def _each(of: Callable[[Callable[[Forecast], float]], float], prompt_tokens: int, batches: list[int]) -> Forecast:
+    decode = {batch: of(lambda one, batch=batch: one.decode[batch]) for batch in batches}  # type: ignore[misc]
+    return Forecast(prompt_tokens, of(lambda one: one.prefill), decode)
+
+
+class Timed:
+    """An engine on a checkpoint, and what a round of prompts and decode steps takes there."""
+
+    def __init__(self, checkpoint: Checkpoint, options: EngineOptions, prompt_tokens: int, batches: list[int]):
+        pool = (max(batches) + 1) * (prompt_tokens + STEPS + 130)
+        options = msgspec.structs.replace(
+            options, kv_cache_tokens=pool, max_num_seqs=max(batches), enable_prefix_caching=False
+        )
+        self.engine = LocalEngine(options, checkpoint)
+        self.prompt, self.batches = [1 + i % 100 for i in range(prompt_tokens)], batches
+        for batch in batches:
+            self.engine.generate([self.prompt] * batch, 2)
+
+    def round(self) -> Forecast:
+        prefill = self.engine.generate([self.prompt], 1).first_seconds
+        decode: dict[int, float] = {}
+        for batch in self.batches:
+            timing = self.engine.generate([self.prompt] * batch, STEPS)
+            decode[batch] = (timing.seconds - timing.first_seconds) / (STEPS - 1)
+        return Forecast(len(self.prompt), prefill, decode)
 
 
 def shortened(checkpoint: Checkpoint, layers: int) -> Checkpoint:

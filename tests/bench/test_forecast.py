@@ -9,7 +9,7 @@ import pytest
 
 from bench import forecast
 from bench.forecast import Forecast, compare, shortened
-from engine.checkpoint import open_checkpoint
+from engine.checkpoint import Checkpoint, open_checkpoint
 from engine.messages import EngineOptions
 
 
@@ -25,12 +25,23 @@ def test_a_shortened_model_has_the_first_layers_and_the_ends(smollm2: Path) -> N
 
 
 def test_times_are_carried_over_by_the_layer(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def timed(checkpoint: object, options: object, prompt: int, batches: list[int]) -> Forecast:
-        layers = checkpoint.config.num_layers  # type: ignore[attr-defined]
-        return Forecast(prompt, 2.0 + 3.0 * layers, {batch: batch * (1.0 + 0.5 * layers) for batch in batches})
+    paces = []
 
-    monkeypatch.setattr(forecast, "measure", timed)
+    class Line:
+        """An engine on a machine whose pace halves for some rounds: medians of differences do not see it."""
+
+        def __init__(self, checkpoint: Checkpoint, options: EngineOptions, prompt: int, batches: list[int]):
+            self.layers, self.prompt, self.batches, self.rounds = checkpoint.config.num_layers, prompt, batches, 0
+
+        def round(self) -> Forecast:
+            pace, self.rounds = (2.0 if self.rounds in (1, 2) else 1.0), self.rounds + 1
+            paces.append(pace)
+            decode = {batch: pace * batch * (1.0 + 0.5 * self.layers) for batch in self.batches}
+            return Forecast(self.prompt, pace * (2.0 + 3.0 * self.layers), decode)
+
+    monkeypatch.setattr(forecast, "Timed", Line)
     result = forecast.forecast(open_checkpoint(str(smollm2)), EngineOptions(), 64, [1, 4])
+    assert len(paces) == 2 * forecast.ROUNDS and 2.0 in paces
     assert result == Forecast(64, 2.0 + 3.0 * 30, {1: 1.0 + 0.5 * 30, 4: 4 * (1.0 + 0.5 * 30)})
 
 
