@@ -183,7 +183,7 @@ class GpuBackend:
         """norm: what x was scaled by."""
         rows = x.shape[0]
         turns = isinstance(gate_up, GpuLinear) and gate_up.turns
-        if isinstance(gate_up, GpuLinear) and turns and gate_up.bias is None and self._fusions(gate_up, rows).silu:
+        if self._fusions(gate_up, rows).silu:
             return self._behind(gate_up, x, Epilogue(norm, silu=True, out_exp=X_EXP))
         both = gate_up(x) if norm is None else self._behind(gate_up, x, Epilogue(norm))
         out = self._for(reader, rows, both.shape[1] // 2)
@@ -211,12 +211,17 @@ class GpuBackend:
         return True
 
     def _fusions(self, gate_up: Linear, rows: int) -> Fusions:
-        weight = gate_up.fusable if isinstance(gate_up, GpuLinear) else None
+        if not isinstance(gate_up, GpuLinear):
+            return NO_FUSIONS
+        weight = gate_up.fusable
         if weight is None or self.fusions == "none" or rows > epilogue.MOST_ROWS:
             return NO_FUSIONS
         if self.fusions == "all":
-            return ALL_FUSIONS
-        return epilogue.config(rows, weight.n, weight.k, weight.name, current_gpu())
+            chosen = ALL_FUSIONS
+        else:
+            chosen = epilogue.config(rows, weight.n, weight.k, weight.name, current_gpu())
+        # A bias comes before silu, where an epilogue has no place for it.
+        return dataclasses.replace(chosen, silu=chosen.silu and gate_up.turns and gate_up.bias is None)
 
     def _behind(self, linear: Linear, x: torch.Tensor | Rounded, tail: Epilogue) -> torch.Tensor:
         """A linear with an epilogue, in one launch, and one more for a bias."""

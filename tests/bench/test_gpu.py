@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -171,3 +172,23 @@ def test_report_names_what_is_wrong_and_what_was_not_run() -> None:
     assert "not run: transformers: no time left" in text
     assert "WRONG: decode x: error nan" in text and "WRONG: m: graphs and eager execution differ from token 7" in text
     assert "WRONG: yi: KeyError" in text and "not run: float8 caches and products" in text
+
+
+def test_errors_are_taken_from_the_checks_of_this_code_alone(tmp_path: Path) -> None:
+    """One that is no number, one that is too large, a check that broke, and one of other code are looked at again."""
+    from bench.gpu_sections import _checked
+    from bench.machine import commit
+
+    def row(case: str, error: float | None) -> dict[str, Any]:
+        return {"kernel": "w4a16", "case": case, "error": error, "allowed": 1e-3}
+
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    rows = [row("right", 1e-4), row("nan", None), row("wrong", 1.0), {"kernel": "w4a16", "case": "x", "failed": "why"}]
+    for name, part in {
+        "check-w4": {"commit": commit(), "rows": rows},
+        "check-w8": {"commit": commit(), "not_finished": "the process ended"},
+        "check-other": {"commit": "0", "rows": [row("old", 1e-4)]},
+    }.items():
+        (parts / f"{name}.json").write_text(json.dumps(part))
+    assert _checked(tmp_path) == {("w4a16", "right"): (1e-4, 1e-3)}
